@@ -1,0 +1,3 @@
+"""lmgraph: many language models as one. See docs/architecture.md for the rooms."""
+
+__version__ = "0.1.0"

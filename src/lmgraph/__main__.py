@@ -1,0 +1,5 @@
+"""`python -m lmgraph` is `lmgraph`."""
+
+from lmgraph.cli import main
+
+main()

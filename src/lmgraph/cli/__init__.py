@@ -1,0 +1,96 @@
+"""The command line: a lazy table of commands, so that `--help` loads nothing heavy, and the one place where errors are shown.
+
+It knows names of commands and how a failure looks to a person. What commands do lives in the modules beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from lmgraph import __version__
+from lmgraph.errors import LmgraphError, UserError
+
+COMMANDS = {
+    "ask": ("run", "Ask a question: decision, rewritten query, streamed answer."),
+    "route": ("run", "Only decide: one query, or a JSON Lines file or stdin."),
+    "chat": ("run", "Talk in the terminal; every turn is routed anew."),
+    "graph": ("graphs", "Make, look at, check and edit graph.yaml."),
+    "pull": ("weights", "Fetch weights now instead of on first use."),
+    "bundle": ("weights", "Look at master bundles."),
+    "train": ("training", "Train a master, fit rows, export a GGUF."),
+    "evaluate": ("measuring", "Measure routers on data that was not used for training."),
+    "completion": ("shell", "Print the completion script of a shell."),
+}
+
+
+class Lazy(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"lmgraph.cli.{COMMANDS[name][0]}"), name)  # type: ignore[no-any-return]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lmgraph")
+def lmgraph() -> None:
+    """Many language models as one: a trained master sends every query to the right expert of a graph.
+
+    Start with:  lmgraph ask "What is the derivative of x^3 at x = 2?"
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; turn every failure into a message and an exit code (1 failure, 2 usage, 130 interrupted)."""
+    try:
+        result = lmgraph.main(args=arguments, prog_name="lmgraph", standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nInterrupted.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except LmgraphError as error:
+        _show(error)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback reaches a user
+        if os.environ.get("PYTHONDEVMODE"):
+            raise
+        click.secho(f"Internal error: {type(error).__name__}: {error}", fg="red", err=True)
+        click.echo("This is a bug in lmgraph. Run again with PYTHONDEVMODE=1 for the traceback and report it.", err=True)
+        sys.exit(70)
+
+
+def _show(error: LmgraphError) -> None:
+    click.secho("Error: ", fg="red", bold=True, err=True, nl=False)
+    click.echo(error.message, err=True)
+    if error.hint:
+        click.echo(error.hint, err=True)
+
+
+def settings(**overrides: Any) -> Any:
+    """Settings from the environment, overridden by options that were given."""
+    from dataclasses import replace
+
+    from lmgraph.settings import read
+
+    return replace(read(), **{name: value for name, value in overrides.items() if value is not None})

@@ -1,0 +1,226 @@
+"""Commands that run a graph: ask, route, chat."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lmgraph.cli import settings
+from lmgraph.errors import DataError, QueryError
+
+GRAPH = click.option("--graph", "-g", "path", type=click.Path(path_type=Path), help="graph.yaml to use (default: ./graph.yaml, else the built-in graph)")
+PROFILE = click.option("--profile", type=click.Choice(["standard", "tiny"]), help="tiny: SmolLM2-135M in place of every catalogue model (98 MB)")
+JSON = click.option("--json", "as_json", is_flag=True, help="write JSON for programs")
+REWRITE = click.option("--rewrite/--no-rewrite", "rewriting", default=None, help="override the nodes' own rewrite setting")
+
+
+@click.command()
+@click.argument("query", nargs=-1, required=True)
+@GRAPH
+@PROFILE
+@click.option("--node", help="skip the master: ask this node")
+@click.option("--max-tokens", type=click.IntRange(1, 100_000), help="longest answer, in tokens")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy")
+@click.option("--trace", "show_trace", is_flag=True, help="show steps and times after the answer")
+@JSON
+def ask(query: tuple[str, ...], path: Path | None, profile: str | None, node: str | None, max_tokens: int | None, temperature: float | None,
+        show_trace: bool, as_json: bool) -> None:
+    """Ask QUERY: the master picks an expert and rewrites the query; the expert's answer is streamed.
+
+    QUERY - reads the question from stdin.
+    """
+    text = sys.stdin.read() if query == ("-",) else " ".join(query)
+    asyncio.run(_ask(text, path, profile, node, max_tokens, temperature, show_trace, as_json))
+
+
+async def _ask(query: str, path: Path | None, profile: str | None, node: str | None, max_tokens: int | None, temperature: float | None,
+               show_trace: bool, as_json: bool) -> None:
+    from lmgraph.cli.show import Bars, console, decision_lines, out
+    from lmgraph.runtime import Runtime
+    from lmgraph.types import Ask, Decision, Message
+
+    if not query.strip():
+        raise QueryError("The query is empty.", "Give a question: lmgraph ask \"...\"")
+    with Bars() as bars:
+        async with Runtime.open(settings(profile=profile), path, bars) as runtime:
+            vocabulary = None if node else (await runtime.master()).vocabulary
+
+            def decided(decision: Decision) -> None:
+                bars.stop()
+                if not as_json and vocabulary:
+                    console.print(decision_lines(decision, vocabulary.name(decision.token)))
+                    console.print()
+
+            stream = runtime.answer(Ask((Message("user", query),), node, max_tokens, temperature), decided)
+            answer, trace = "", None
+            async for delta in stream:
+                answer += delta.text
+                if not as_json:
+                    bars.stop()
+                    out(delta.text)
+                if delta.done:
+                    trace = delta.trace
+                    finish = delta.finish
+            assert trace is not None
+            if as_json:
+                print(json.dumps({"answer": answer, "finish": finish, "trace": trace.to_json()}, ensure_ascii=False))
+                return
+            out("\n")
+            if finish == "length":
+                console.print("(the answer was cut at --max-tokens)", style="yellow")
+            for step in trace.steps:
+                if step.error:
+                    console.print(f"{step.node} failed: {step.error}", style="yellow", markup=False)
+            if show_trace:
+                console.print()
+                for step in trace.steps:
+                    console.print(f"{step.node}: first piece {step.first_ms:.0f} ms, {step.ms:.0f} ms in all, attempt {step.attempts}, {dict(step.usage)}",
+                                  style="dim", markup=False)
+
+
+@click.command()
+@click.argument("source")
+@GRAPH
+@REWRITE
+@JSON
+def route(source: str, path: Path | None, rewriting: bool | None, as_json: bool) -> None:
+    """Decide without asking a worker. SOURCE is a query, a JSON Lines file of objects with `query`, or - for stdin.
+
+    With --json, one object a line in the order of the input: node, token, probability, alternatives, query, rewritten, fallback.
+    """
+    file = Path(source) if source.endswith((".jsonl", ".json")) else None
+    if source == "-":
+        rows = read_queries(sys.stdin.read().splitlines(), "stdin")
+    elif file is not None:
+        try:
+            rows = read_queries(file.read_text(encoding="utf-8").splitlines(), file.name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{source} cannot be read: {error}.") from error
+    else:
+        rows = [{"query": source}]
+    asyncio.run(_route(rows, path, rewriting, as_json, single=source != "-" and file is None))
+
+
+def read_queries(lines: list[str], name: str) -> list[dict[str, Any]]:
+    """Objects with a non-empty `query`, one a line; every bad line is named before any work starts."""
+    rows, bad = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("query"), str) or not row["query"].strip():
+                raise ValueError("needs a non-empty string `query`")
+            rows.append(row)
+        except ValueError as error:
+            bad.append(f"{name}:{number}: {error}")
+    if bad:
+        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise DataError(f"{len(bad)} of {len(lines)} lines cannot be used:\n  " + "\n  ".join(bad[:10]) + more, "Each line is one object: {\"query\": \"...\"}")
+    if not rows:
+        raise DataError(f"{name} holds no queries.", "Each line is one object: {\"query\": \"...\"}")
+    return rows
+
+
+async def _route(rows: list[dict[str, Any]], path: Path | None, rewriting: bool | None, as_json: bool, single: bool) -> None:
+    from lmgraph.cli.show import Bars, console, decision_lines
+    from lmgraph.runtime import Runtime
+
+    with Bars() as bars:
+        async with Runtime.open(settings(), path, bars) as runtime:
+            master = await runtime.master()
+            began = time.perf_counter()
+            done = 0
+            async for row, decision in _in_order(master, rows, rewriting):
+                done += 1
+                if not single:
+                    bars.progress("routing", done, len(rows))
+                if as_json:
+                    extra = {"id": row["id"]} if "id" in row else {}
+                    print(json.dumps({**extra, **decision.to_json()}, ensure_ascii=False), flush=True)
+                elif single:
+                    console.file.flush()
+                    bars.stop()
+                    from rich.console import Console
+                    Console(highlight=False).print(decision_lines(decision, master.vocabulary.name(decision.token)))
+                else:
+                    print(f"{decision.node}\t{decision.probability:.3f}\t{decision.rewritten if not decision.rewrite_note else decision.query}".replace("\n", " "))
+            took = time.perf_counter() - began
+            if not single:
+                console.print(f"{done} queries in {took:.1f} s: {done / took:.1f} a second", style="dim")
+
+
+async def _in_order(master: Any, rows: list[dict[str, Any]], rewriting: bool | None) -> AsyncIterator[tuple[dict[str, Any], Any]]:
+    """Decide as many at once as the engine has sequences; hand out in the order of the input."""
+    window: list[tuple[dict[str, Any], asyncio.Task[Any]]] = []
+    todo = iter(rows)
+    try:
+        for row in todo:
+            window.append((row, asyncio.ensure_future(master.decide(row["query"], rewriting=rewriting))))
+            if len(window) >= 2 * master.engine.slots:
+                first, task = window.pop(0)
+                yield first, await task
+        while window:
+            first, task = window.pop(0)
+            yield first, await task
+    finally:
+        for _, task in window:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in window), return_exceptions=True)
+
+
+@click.command()
+@GRAPH
+@PROFILE
+@click.option("--node", help="skip the master: talk to this node")
+def chat(path: Path | None, profile: str | None, node: str | None) -> None:
+    """Talk in the terminal. Every turn is routed anew; the conversation goes along. Ctrl-D or /exit ends, /new starts over."""
+    asyncio.run(_chat(path, profile, node))
+
+
+async def _chat(path: Path | None, profile: str | None, node: str | None) -> None:
+    from lmgraph.cli.show import Bars, console, decision_lines, out
+    from lmgraph.errors import LmgraphError
+    from lmgraph.runtime import Runtime
+    from lmgraph.types import Ask, Decision, Message
+
+    messages: list[Message] = []
+    with Bars() as bars:
+        async with Runtime.open(settings(profile=profile), path, bars) as runtime:
+            vocabulary = (await runtime.master()).vocabulary
+            bars.stop()
+
+            def decided(decision: Decision) -> None:
+                bars.stop()
+                console.print(decision_lines(decision, vocabulary.name(decision.token)))
+
+            while True:
+                try:
+                    line = (await asyncio.to_thread(input, "> ")).strip()
+                except EOFError:
+                    out("\n")
+                    return
+                if line in ("/exit", "/quit"):
+                    return
+                if line == "/new":
+                    messages = []
+                    continue
+                if not line:
+                    continue
+                answer = ""
+                try:
+                    async for delta in runtime.answer(Ask((*messages, Message("user", line)), node), decided):
+                        answer += delta.text
+                        bars.stop()
+                        out(delta.text)
+                    out("\n")
+                    messages += [Message("user", line), Message("assistant", answer)]
+                except LmgraphError as error:
+                    console.print(f"Error: {error}", style="red", markup=False)

@@ -1,0 +1,135 @@
+"""How things look in a terminal: progress bars, a decision, a graph. Everything that is not an answer goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+from html import escape
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from rich.tree import Tree
+
+from lmgraph.graph import END, START, Graph
+from lmgraph.types import Decision
+
+console = Console(stderr=True, highlight=False)
+
+
+class Bars:
+    """A watcher that draws one bar a task on stderr; silent where stderr is no terminal, but for `say`."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        """Show `done` of `total`; bytes when the task fetches something."""
+        if self._progress is None:
+            amount = DownloadColumn() if task.startswith("fetching") else MofNCompleteColumn()
+            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn(), console=console, transient=True)
+            self._progress.start()
+        if task not in self._tasks:
+            if not console.is_terminal:
+                console.print(f"{task} ...")
+            self._tasks[task] = self._progress.add_task(task, total=total)
+        self._progress.update(self._tasks[task], completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._tasks.pop(task))
+            if not self._tasks:
+                self.stop()
+
+    def say(self, text: str) -> None:
+        """A line on stderr."""
+        console.print(text, style="dim", markup=False)
+
+    def stop(self) -> None:
+        """Take the bars away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            self._tasks.clear()
+
+
+def decision_lines(decision: Decision, token: str) -> Text:
+    """Two or three lines: token, node, probability, runner-up, time; the rewritten query; why not, where not."""
+    out = Text()
+    out.append(f"{token} ", style="magenta")
+    out.append(decision.chosen, style="bold green")
+    out.append(f"  {decision.probability:.0%}", style="bold")
+    if len(decision.alternatives) > 1:
+        name, probability = decision.alternatives[1]
+        out.append(f"  then {name} {probability:.0%}", style="dim")
+    out.append(f"  {decision.tokenise_ms + decision.prefill_ms:.0f} ms", style="dim")
+    if decision.fallback:
+        out.append(f"\n  below the threshold: {decision.node} answers", style="yellow")
+    if decision.shortened:
+        out.append(f"\n  the master read head and tail of a long query ({decision.shortened} tokens left out); the worker gets it whole", style="yellow")
+    out.append("\n  ")
+    out.append(decision.rewritten if len(decision.rewritten) < 600 else decision.rewritten[:600] + " ...", style="cyan")
+    if decision.rewrite_note:
+        out.append(f"\n  original query kept: {decision.rewrite_note}", style="dim")
+    return out
+
+
+def graph_tree(given: Graph) -> Tree:
+    """The graph as a tree from start, two levels deep, with token and worker of each node."""
+    root = Tree(Text(f"start (master: {given.master.bundle}, threshold {given.master.threshold:g}, fallback {given.master.fallback or '-'})", style="bold"))
+    for name in given.neighbours(START):
+        node = given.nodes[name]
+        line = Text()
+        line.append(f"<fn_{node.token}> ", style="magenta")
+        line.append(name, style="bold green")
+        worker = node.worker
+        line.append(f"  {worker.kind} {worker.model}{' ' + ', '.join(worker.urls) if worker.urls else ''}", style="cyan")
+        line.append(f"  {node.description}", style="dim")
+        branch = root.add(line)
+        following = given.neighbours(name)
+        if following:
+            branch.add(Text("then: " + ", ".join(following), style="dim"))
+    return root
+
+
+def graph_svg(given: Graph) -> str:
+    """A picture of the graph as SVG text: start on the left, nodes in a column, edges between nodes as arcs on the right."""
+    names = list(given.nodes)
+    row, left, top = 34, 190, 40
+    height = top * 2 + row * max(1, len(names))
+    middle = height / 2
+    where = {name: top + row * i + row / 2 for i, name in enumerate(names)}
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{height:.0f}" viewBox="0 0 980 {height:.0f}" font-family="sans-serif" font-size="13">',
+             '<rect width="100%" height="100%" fill="#fff"/>',
+             '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+             '<path d="M0 0 L8 4 L0 8 z" fill="#778"/></marker></defs>']
+    for name in given.neighbours(START):
+        if name != END:
+            parts.append(f'<path d="M110 {middle:.0f} C150 {middle:.0f} 150 {where[name]:.0f} {left - 4} {where[name]:.0f}" fill="none" stroke="#99a" marker-end="url(#a)"/>')
+    for name in names:
+        for other in given.neighbours(name):
+            if other != END:
+                bend = 560 + min(300, abs(where[name] - where[other]) / 2 + 40)
+                parts.append(f'<path d="M520 {where[name]:.0f} C{bend:.0f} {where[name]:.0f} {bend:.0f} {where[other]:.0f} 524 {where[other]:.0f}" '
+                             'fill="none" stroke="#b58" stroke-opacity="0.6" marker-end="url(#a)"/>')
+    parts.append(f'<rect x="20" y="{middle - 22:.0f}" width="90" height="44" rx="8" fill="#245" /><text x="65" y="{middle + 5:.0f}" fill="#fff" text-anchor="middle">master</text>')
+    for name, node in given.nodes.items():
+        y = where[name]
+        ends = "" if END not in given.neighbours(name) and given.neighbours(name) else " &#9632;"
+        parts.append(f'<rect x="{left}" y="{y - 14:.0f}" width="330" height="28" rx="6" fill="#eef3f8" stroke="#567"/>'
+                     f'<text x="{left + 10}" y="{y + 5:.0f}" fill="#a26">&lt;fn_{node.token}&gt;</text>'
+                     f'<text x="{left + 72}" y="{y + 5:.0f}" fill="#123" font-weight="bold">{escape(name)}{ends}</text>'
+                     f'<text x="{left + 320}" y="{y + 5:.0f}" fill="#678" text-anchor="end" font-size="11">{escape(node.worker.model or node.worker.kind)[:24]}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def out(text: str) -> None:
+    """Text of an answer on stdout, at once, whatever stdout can spell."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.flush()

@@ -1,0 +1,86 @@
+"""Commands about weights: pull, bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from lmgraph import assets
+from lmgraph.cli import settings
+from lmgraph.cli.run import GRAPH, JSON, PROFILE
+from lmgraph.errors import AssetError
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@GRAPH
+@PROFILE
+@click.option("--verify", is_flag=True, help="read every byte of the files that are there, and fetch damaged ones again")
+def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify: bool) -> None:
+    """Fetch weights now: NAMES from the catalogue, or what the graph needs. Interrupted fetches go on where they stopped."""
+    from lmgraph import runtime
+    from lmgraph.cli.show import Bars, console
+
+    using = settings(profile=profile)
+    unknown = [name for name in names if name not in assets.CATALOGUE]
+    if unknown:
+        raise AssetError(f"Not in the catalogue: {', '.join(unknown)}.", f"Valid: {', '.join(assets.CATALOGUE)}")
+    given, folder = runtime.read_graph(path or using.graph)
+    given = runtime.with_profile(given, using.profile)
+    wanted = list(names) or sorted({n.worker.model for n in given.nodes.values() if n.worker.kind == "embedded" and n.worker.model in assets.CATALOGUE})
+    with Bars() as bars:
+        for name in wanted:
+            asset = assets.CATALOGUE[name]
+            if verify and assets.locate(asset, using.cache) and not assets.verify(asset, using.cache):
+                bars.say(f"{asset.file} is damaged; fetching it again")
+                (using.cache / "weights" / asset.file).unlink()
+            found = runtime.model_file(name, using.cache, folder, bars)
+            console.print(f"{name}: {found} ({asset.size / 1e6:,.0f} MB, {asset.licence})", markup=False, soft_wrap=True)
+        if not names:
+            master = runtime.master_file(given.master.bundle, using.cache, folder, bars)
+            console.print(f"master {given.master.bundle}: {master}", markup=False, soft_wrap=True)
+
+
+@click.group()
+def bundle() -> None:
+    """Look at master bundles: a bundle is a trained master without its base weights."""
+
+
+@bundle.command("list")
+@JSON
+def list_(as_json: bool) -> None:
+    """The bundles inside the package."""
+    from lmgraph import bundles
+
+    rows = [bundles.read(name) for name in bundles.builtin()]
+    if as_json:
+        print(json.dumps([{"name": b.name, "nodes": list(b.vocabulary.nodes), "metrics": dict(b.metrics)} for b in rows]))
+        return
+    for row in rows:
+        size = sum(f.stat().st_size for f in row.folder.iterdir()) / 1e6
+        click.echo(f"{row.name}: {len(row.vocabulary.nodes)} nodes of {row.vocabulary.size} tokens, {size:.1f} MB")
+
+
+@bundle.command("show")
+@click.argument("name")
+@JSON
+def show_bundle(name: str, as_json: bool) -> None:
+    """The card of bundle NAME (built-in, or a folder): data, recipe, measured accuracy, nodes and their tokens."""
+    from lmgraph import bundles
+
+    found = bundles.read(name)
+    if as_json:
+        print(json.dumps({"name": found.name, "vocabulary": {**found.vocabulary.to_json(), "digest": found.vocabulary.digest},
+                          "digest": found.digest, "metrics": dict(found.metrics)}))
+        return
+    card = found.folder / "card.md"
+    if card.exists():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(card.read_text(encoding="utf-8")))
+    for node, token in found.vocabulary.nodes.items():
+        click.echo(f"{found.vocabulary.name(token):10} {node}")
+    click.echo(f"spare functional tokens: {found.vocabulary.size - len(found.vocabulary.nodes)}; digest {found.digest[:16]}")

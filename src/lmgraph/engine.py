@@ -1,0 +1,283 @@
+"""Embedded llama.cpp: load a GGUF, turn text into ids, choose one id among allowed ids, stream text, give hidden states.
+
+The one home of xllamacpp. It knows ids and text, not nodes, prompts or decisions. Its threads are bridged to asyncio here and
+nowhere else. User text becomes ids with the parsing of special tokens switched off: a prompt is always sent as ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lmgraph.errors import EngineError, MissingExtra
+
+BIAS = 500.0
+"""added to the logits of allowed ids; larger than any difference between logits, small enough for float32"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Probabilities (softmax over the allowed ids at the given temperature), best first, and what it cost."""
+
+    probabilities: tuple[tuple[int, float], ...]
+    prefill_ms: float
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of a stream; `ids` only where they were asked for; `finish` ('stop', 'length') on the last piece."""
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    finish: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Engine:
+    """One loaded GGUF with `slots` sequences that are decoded together (continuous batching)."""
+
+    def __init__(self, server: Any, key: str, path: Path, slots: int, context: int) -> None:
+        self._server = server
+        self._api = _Api(server.listening_address, key)
+        self._pool = ThreadPoolExecutor(max_workers=slots + 2, thread_name_prefix="lmgraph-engine")
+        self._slots: asyncio.Queue[int] = asyncio.Queue()
+        for slot in range(slots):
+            self._slots.put_nowait(slot)
+        self.path = path
+        self.slots = slots
+        self.context = context
+        """tokens that one sequence may have, prompt and answer together"""
+
+    @classmethod
+    async def open(cls, path: Path, *, context: int = 2048, slots: int = 1, threads: int = 1, states: bool = False) -> Engine:
+        """Load a model. `states=True` makes an engine for `state` only. Raises EngineError when llama.cpp refuses the file."""
+        try:
+            import xllamacpp
+        except ImportError as error:
+            raise MissingExtra("Running a model in this process", "local") from error
+        if not path.is_file():
+            raise EngineError(f"{path} does not exist.", "Fetch the weights: lmgraph pull")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise EngineError(f"{path} is not a GGUF file.", "Expected weights in llama.cpp's GGUF format.")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = context * slots
+        params.n_parallel = slots
+        params.cpuparams.n_threads = threads
+        params.cpuparams_batch.n_threads = threads
+        params.verbosity = -1
+        params.warmup = False
+        params.fit_params = False
+        key = secrets.token_hex(16)
+        params.api_keys = [key]
+        if states:
+            params.embedding = True
+            params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST
+            params.embd_normalize = -1
+            params.n_ubatch = params.n_batch = context
+        try:
+            server = await asyncio.to_thread(xllamacpp.Server, params)
+        except Exception as error:  # noqa: BLE001 - the binding raises bare RuntimeErrors
+            raise EngineError(f"llama.cpp cannot load {path.name}: {error}", "Is the file whole? Check it: lmgraph pull --verify") from error
+        return cls(server, key, path, slots, context)
+
+    async def close(self) -> None:
+        """Unload the model."""
+        self._api.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        server, self._server = self._server, None
+        if server is not None:
+            await asyncio.to_thread(_drop, server)
+
+    async def tokenise(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text. With special=False a special token's spelling is plain text."""
+        if not text:
+            return []
+        answer = await self._run(self._api.post, "/tokenize", {"content": text, "add_special": False, "parse_special": special})
+        return [int(i) for i in answer["tokens"]]
+
+    async def detokenise(self, ids: Sequence[int]) -> str:
+        """Text of ids (control tokens print nothing)."""
+        return str((await self._run(self._api.post, "/detokenize", {"tokens": list(ids)}))["content"]) if ids else ""
+
+    async def render(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Ids of a conversation (role, content) in the model's own chat template, ready for the assistant's turn.
+
+        Contents are put in as ids after templating: nothing in them can act as a special token.
+        """
+        marks = [f"@{secrets.token_hex(12)}@" for _ in messages]
+        body = {"messages": [{"role": role, "content": mark} for (role, _), mark in zip(messages, marks, strict=True)]}
+        text = str((await self._run(self._api.post, "/apply-template", body))["prompt"])
+        ids: list[int] = []
+        for (_, content), mark in zip(messages, marks, strict=True):
+            if text.count(mark) != 1:
+                raise EngineError(f"The chat template of {self.path.name} does not take a conversation of this form "
+                                  f"({', '.join(role for role, _ in messages)}).")
+            before, text = text.split(mark)
+            ids += await self.tokenise(before, True) + await self.tokenise(content)
+        return ids + await self.tokenise(text, True)
+
+    async def session(self) -> Session:
+        """Wait for a free sequence and hold it: what one session sends shares its cached prefix. Use `async with`."""
+        return Session(self, await self._slots.get())
+
+    async def state(self, ids: Sequence[int]) -> list[float]:
+        """The final hidden state (D floats, after the last norm) at the last id. Only for engines opened with states=True."""
+        answer = await self._run(self._server.handle_embeddings, {"input": list(ids), "embd_normalize": -1})
+        _raise_error(answer, self.path)
+        return [float(x) for x in answer["data"][0]["embedding"]]
+
+    async def _run(self, call: Any, *args: Any) -> Any:
+        if self._server is None:
+            raise EngineError(f"{self.path.name} is unloaded.")
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+
+
+class Session:
+    """One sequence of an engine, held by one caller."""
+
+    def __init__(self, engine: Engine, slot: int) -> None:
+        self._engine = engine
+        self._slot = slot
+
+    async def __aenter__(self) -> Session:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._engine._slots.put_nowait(self._slot)
+
+    async def choose(self, ids: Sequence[int], allowed: Sequence[int], temperature: float = 1.0, top: int = 20) -> Choice:
+        """One forward pass over `ids`; the softmax over `allowed` for the next id (never sampled: take the first)."""
+        engine = self._engine
+        body = {"prompt": list(ids), "n_predict": 1, "samplers": ["temperature"], "temperature": temperature, "seed": 1,
+                "logit_bias": [[i, BIAS] for i in allowed], "n_probs": min(top, len(allowed)), "post_sampling_probs": True,
+                "cache_prompt": True, "id_slot": self._slot}
+        began = time.perf_counter()
+        answer = await engine._run(engine._server.handle_completions, body)
+        took = (time.perf_counter() - began) * 1000
+        _raise_error(answer, engine.path)
+        try:
+            rows = answer["choices"][0]["logprobs"]["content"][0]["top_probs"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise EngineError(f"llama.cpp gave no probabilities for {engine.path.name}: {str(answer)[:200]}") from error
+        legal = set(allowed)
+        found = tuple((int(r["id"]), float(r["prob"])) for r in rows if int(r["id"]) in legal)
+        timings = answer.get("timings", {})
+        return Choice(found, took, int(timings.get("prompt_n", 0)), int(timings.get("cache_n", 0)))
+
+    async def generate(self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, want_ids: bool = False,
+                       forbidden: Sequence[int] = ()) -> AsyncIterator[Piece]:
+        """Stream an answer to `ids`, greedy at temperature 0. Leaving the stream stops the engine."""
+        engine = self._engine
+        body: dict[str, Any] = {"prompt": list(ids), "n_predict": max_tokens, "temperature": temperature, "stream": True,
+                                "cache_prompt": True, "id_slot": self._slot}
+        if want_ids:
+            body["n_probs"] = 1
+        if forbidden:
+            body["logit_bias"] = [[i, False] for i in forbidden]
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        left = threading.Event()
+
+        def take(chunk: Any) -> bool:
+            if not left.is_set():
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(queue.put_nowait, chunk)
+            return left.is_set()
+
+        def work() -> None:
+            try:
+                result = engine._server.handle_completions(body, take)
+                end: Any = result if isinstance(result, dict) and "error" in result else None
+            except Exception as error:  # noqa: BLE001 - handed over to the reader
+                end = EngineError(f"llama.cpp failed on {engine.path.name}: {error}")
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(queue.put_nowait, end)
+
+        future = loop.run_in_executor(engine._pool, work)
+        try:
+            while (chunk := await queue.get()) is not None:
+                if isinstance(chunk, Exception):
+                    raise chunk
+                _raise_error(chunk, engine.path)
+                yield _piece(chunk)
+        finally:
+            left.set()
+            await asyncio.shield(future)
+
+
+def _piece(chunk: dict[str, Any]) -> Piece:
+    choice = chunk["choices"][0] if chunk.get("choices") else {}
+    logprobs = choice.get("logprobs") or {}
+    usage = chunk.get("usage") or {}
+    return Piece(choice.get("text") or "", tuple(int(c["id"]) for c in logprobs.get("content") or ()),
+                 choice.get("finish_reason") or "", int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+
+
+def _raise_error(answer: Any, path: Path) -> None:
+    if isinstance(answer, dict) and "error" in answer:
+        error = answer["error"]
+        if isinstance(error, dict) and error.get("type") == "exceed_context_size_error":
+            raise EngineError(f"The text has {error.get('n_prompt_tokens')} tokens; {path.name} is loaded with room for {error.get('n_ctx')}.",
+                              "Shorten the text, or give this node a model with a longer context.")
+        message = error.get("message", error) if isinstance(error, dict) else error
+        raise EngineError(f"llama.cpp refused a request to {path.name}: {message}")
+
+
+def _drop(server: Any) -> None:
+    del server
+
+
+class _Api:
+    """llama.cpp's own loopback door, for what the binding does not expose (tokenising, templating); guarded by a random key."""
+
+    def __init__(self, address: str, key: str) -> None:
+        parts = urlsplit(address)
+        self._host, self._port, self._key = parts.hostname or "127.0.0.1", parts.port, key
+        self._local = threading.local()
+        self._open: list[http.client.HTTPConnection] = []
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        payload = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        for attempt in (1, 2):
+            connection = getattr(self._local, "connection", None)
+            if connection is None:
+                connection = self._local.connection = http.client.HTTPConnection(self._host, self._port or 80, timeout=60)
+                self._open.append(connection)
+            try:
+                connection.request("POST", path, payload, headers)
+                response = connection.getresponse()
+                data = response.read()
+                break
+            except (http.client.HTTPException, OSError) as error:
+                connection.close()
+                self._local.connection = None
+                if attempt == 2:
+                    raise EngineError(f"llama.cpp does not answer on loopback ({path}): {error}") from error
+        try:
+            answer = json.loads(data)
+        except ValueError as error:
+            raise EngineError(f"llama.cpp answered {response.status} to {path}: {data[:120]!r}") from error
+        if response.status != 200:
+            raise EngineError(f"llama.cpp answered {response.status} to {path}: {answer.get('error', {}).get('message', answer)}")
+        return dict(answer)
+
+    def close(self) -> None:
+        for connection in self._open:
+            connection.close()

@@ -1,0 +1,128 @@
+"""The exception tree, and nothing else.
+
+    LmgraphError             everything that lmgraph raises on purpose: a code, a sentence, a hint
+    ├── UserError            the operator's fault: input, files, configuration
+    │   ├── GraphError       graph.yaml has problems (all of them, with line numbers)
+    │   ├── SettingsError    an environment variable cannot be used
+    │   ├── DataError        a data file cannot be used (line named)
+    │   ├── QueryError       a query that cannot be answered (empty, not text)
+    │   └── MissingExtra     an optional dependency is not installed
+    ├── AssetError           weights: not found, wrong digest, no space, no source answered
+    ├── MasterError          the master's fault
+    │   ├── VocabularyMismatch   the bundle and the graph (or the weights) do not belong together
+    │   └── NoDecision           the master gave nothing that can be read as a decision
+    └── OutsideError         somebody else's fault
+        ├── EngineError      llama.cpp refused or failed
+        ├── WorkerError      a worker answered with an error or could not be reached
+        └── WorkerTimeout    a worker did not answer in time
+
+A message says what was found and what was expected; `hint` says the next command to run.
+"""
+
+from __future__ import annotations
+
+
+class LmgraphError(Exception):
+    """Base of all. `code` is stable and machine-readable; `hint` is the next thing to do, or ''."""
+
+    code = "error"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class UserError(LmgraphError):
+    """What the operator gave cannot be used."""
+
+    code = "invalid_request"
+
+
+class GraphError(UserError):
+    """graph.yaml has problems; `problems` lists every one."""
+
+    code = "invalid_graph"
+
+    def __init__(self, message: str, hint: str = "", problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint)
+        self.problems = problems
+
+
+class SettingsError(UserError):
+    """An environment variable or option has a value that cannot be used."""
+
+    code = "invalid_settings"
+
+
+class DataError(UserError):
+    """A data file cannot be read as what it should be."""
+
+    code = "invalid_data"
+
+
+class QueryError(UserError):
+    """A query that cannot be answered."""
+
+    code = "invalid_query"
+
+
+class MissingExtra(UserError):
+    """An optional dependency is needed and not installed."""
+
+    code = "missing_extra"
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional part of lmgraph that is not installed.",
+                         f"Install it: pip install 'lmgraph[{extra}]'")
+
+
+class AssetError(LmgraphError):
+    """Weights cannot be had, or are not what they should be."""
+
+    code = "asset_error"
+
+
+class MasterError(LmgraphError):
+    """The master cannot do its work."""
+
+    code = "master_error"
+
+
+class VocabularyMismatch(MasterError):
+    """Bundle, weights and graph do not belong together."""
+
+    code = "vocabulary_mismatch"
+
+
+class NoDecision(MasterError):
+    """The master's output holds no decision."""
+
+    code = "no_decision"
+
+
+class OutsideError(LmgraphError):
+    """Something that lmgraph calls has failed."""
+
+    code = "outside_error"
+
+
+class EngineError(OutsideError):
+    """llama.cpp refused a request or failed."""
+
+    code = "engine_error"
+
+
+class WorkerError(OutsideError):
+    """A worker could not be reached or answered with an error."""
+
+    code = "worker_error"
+
+
+class WorkerTimeout(OutsideError):
+    """A worker did not answer in time."""
+
+    code = "worker_timeout"

@@ -1,0 +1,79 @@
+"""Run one step over workers: timeout, retry, fallback edge; yields Deltas, keeps a Step.
+
+It knows workers and how they fail. It does not know the master, and it chooses nothing but what the graph says comes
+after a failure. A step that has already sent text to the user is never started again somewhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerTimeout
+from lmgraph.graph import Node
+from lmgraph.types import Delta, Message, Step
+from lmgraph.workers.base import Worker
+
+Open = Callable[[Node], Awaitable[Worker]]
+
+
+async def run(node: Node, chain: Sequence[Node], messages: Sequence[Message], open_worker: Open, *, max_tokens: int | None = None,
+              temperature: float | None = None) -> AsyncIterator[Delta | Step]:
+    """Stream one step: Deltas of text, then one finished Step per node that was tried (the last one holds the answer).
+
+    `chain` are the nodes to try after `node`, in order. Raises the last error when all fail.
+    """
+    request = messages[-1].content
+    steps: list[Step] = []
+    last: OutsideError | None = None
+    for candidate in (node, *chain):
+        attempts = 1 + candidate.worker.retries
+        for attempt in range(1, attempts + 1):
+            began = time.perf_counter()
+            first = 0.0
+            text: list[str] = []
+            try:
+                worker = await open_worker(candidate)
+                async for delta in _timed(worker, messages, max_tokens or candidate.worker.max_tokens, temperature, candidate.worker.timeout_s):
+                    if delta.done:
+                        took = (time.perf_counter() - began) * 1000
+                        step = Step(candidate.name, request, "".join(text), took, first, attempt, "", delta.usage)
+                        for done in (*steps, step):
+                            yield done
+                        yield delta
+                        return
+                    first = first or (time.perf_counter() - began) * 1000
+                    text.append(delta.text)
+                    yield delta
+                raise WorkerError(f"The worker of node {candidate.name!r} ended its answer without saying so.")
+            except (WorkerError, EngineError) as error:
+                last = error
+                took = (time.perf_counter() - began) * 1000
+                if text:
+                    raise type(error)(f"Node {candidate.name!r} failed in the middle of its answer: {error.message}", error.hint) from error
+                if attempt == attempts or isinstance(error, (WorkerTimeout, EngineError)):
+                    steps.append(Step(candidate.name, request, "", took, 0.0, attempt, error.message))
+                    break
+                await asyncio.sleep(min(0.2 * 2 ** (attempt - 1), 2.0))
+    assert last is not None
+    tried = ", ".join(f"{s.node}: {s.error}" for s in steps)
+    raise type(last)(f"No worker could answer ({tried})", last.hint)
+
+
+async def _timed(worker: Worker, messages: Sequence[Message], max_tokens: int, temperature: float | None, timeout_s: float) -> AsyncIterator[Delta]:
+    """The worker's stream; each piece must come within `timeout_s` of the one before."""
+    stream = worker.stream(messages, max_tokens=max_tokens, temperature=temperature)
+    try:
+        while True:
+            try:
+                delta = await asyncio.wait_for(anext(stream), timeout_s)  # type: ignore[arg-type]
+            except StopAsyncIteration:
+                return
+            except asyncio.TimeoutError as error:
+                raise WorkerTimeout(f"No answer within {timeout_s:g} s.") from error
+            yield delta
+    finally:
+        close = getattr(stream, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,388 @@
+"""The graph: nodes, edges and what is wrong with them; YAML both ways; the JSON Schema for editors.
+
+Pure: text in, text out. It knows what a node is (everything a node is, is data) and which node may follow which. It does not
+know whether a bundle or a weights file exists, nor how to talk to a worker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from lmgraph.errors import GraphError
+
+START, END = "start", "end"
+KINDS = ("embedded", "openai", "scripted")
+REWRITE = ("auto", "always", "never")
+MODALITIES = ("text", "image", "audio")
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """How a node answers. `embedded`: `model` is a catalogue name or a GGUF file; `openai`: `urls` of one or more replicas."""
+
+    kind: str
+    model: str = ""
+    system: str = ""
+    urls: tuple[str, ...] = ()
+    key_env: str = ""
+    """name of the environment variable that holds the API key; the key itself is never written in a graph"""
+    timeout_s: float = 120.0
+    retries: int = 1
+    max_tokens: int = 512
+    temperature: float | None = None
+    answers: Mapping[str, str] = field(default_factory=dict)
+    """`scripted` only: request -> answer, '*' for any"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One expert. `token` is its functional token's number, written down and never derived from order."""
+
+    name: str
+    token: int
+    description: str
+    worker: WorkerSpec
+    rewrite: str = "auto"
+    threshold: float | None = None
+    accepts: tuple[str, ...] = ("text",)
+    fallback: str = ""
+    """node that takes over when this one's worker fails"""
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class MasterSpec:
+    """Which master chooses: a bundle's name or folder, or a GGUF with a vocabulary; below `threshold`, `fallback` answers."""
+
+    bundle: str = "mmlu"
+    threshold: float = 0.0
+    fallback: str = ""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes and directed edges. `edges[start]` are the nodes that may come first."""
+
+    nodes: Mapping[str, Node]
+    edges: Mapping[str, tuple[str, ...]]
+    master: MasterSpec = MasterSpec()
+
+    def neighbours(self, at: str = START) -> tuple[str, ...]:
+        """Nodes (and `end`) that may come after `at`, `*` unfolded to every node, in the order of the file."""
+        out: list[str] = []
+        for name in self.edges.get(at, ()):
+            out += [n for n in self.nodes if n != at] if name == "*" else [name]
+        return tuple(dict.fromkeys(out))
+
+    def reachable(self, at: str = START) -> set[str]:
+        """Every node that can be reached from `at`."""
+        seen: set[str] = set()
+        todo = [at]
+        while todo:
+            for name in self.neighbours(todo.pop()):
+                if name not in seen:
+                    seen.add(name)
+                    todo.append(name)
+        return seen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in the file's form; defaults are left out."""
+        master = _without_defaults(self.master)
+        nodes = {}
+        for name, node in self.nodes.items():
+            row = _without_defaults(node, skip=("name", "worker"))
+            row["token"] = node.token
+            row["worker"] = {"kind": node.worker.kind, **_without_defaults(node.worker, skip=("kind",))}
+            nodes[name] = row
+        return {"version": VERSION, "master": master or {"bundle": "mmlu"}, "nodes": nodes,
+                "edges": {name: list(targets) for name, targets in self.edges.items()}}
+
+
+def _without_defaults(value: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    default = type(value).__dataclass_fields__
+    out: dict[str, Any] = {}
+    for name, spec in default.items():
+        current = getattr(value, name)
+        factory = spec.default_factory
+        unset = factory() if callable(factory) else spec.default
+        if name in skip or current == unset:
+            continue
+        out[name] = list(current) if isinstance(current, tuple) else dict(current) if isinstance(current, Mapping) else current
+    return out
+
+
+def dumps(graph: Graph) -> str:
+    """The YAML text of a graph; `loads(dumps(g)) == g`."""
+    return yaml.safe_dump(graph.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice."""
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if isinstance(key, (str, int)) and key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+        if isinstance(key, (str, int)):
+            seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+class _Lines:
+    """Line numbers of a YAML text by path, for messages."""
+
+    def __init__(self, text: str) -> None:
+        self._lines: dict[tuple[str, ...], int] = {}
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            self._walk(root, (), 0)
+
+    def _walk(self, node: yaml.Node, path: tuple[str, ...], depth: int) -> None:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if depth > 20:
+            return
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*path, str(key.value))
+                self._lines[here] = key.start_mark.line + 1
+                self._walk(value, here, depth + 1)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                self._walk(value, (*path, str(i)), depth + 1)
+
+    def at(self, path: tuple[str, ...]) -> str:
+        while path and path not in self._lines:
+            path = path[:-1]
+        return f"line {self._lines[path]}: " if path in self._lines else ""
+
+
+def loads(text: str, name: str = "graph.yaml") -> Graph:
+    """Read a graph. Raises GraphError with *every* problem found, each with its line."""
+    try:
+        if len(text) > 4_000_000 or text.count("&") > 50 and text.count("*") > 50:
+            raise GraphError(f"{name} is too large or uses too many YAML anchors to be a graph.")
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        lines = _Lines(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f"line {where.line + 1}: " if where else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise GraphError(f"{name} cannot be read as YAML: {line}{problem}", "See an example: lmgraph graph init --help",
+                         (f"{line}{problem}",)) from error
+    reader = _Reader(lines)
+    graph = reader.graph(data)
+    problems = reader.problems or (check(graph, lines) if graph else [])
+    if problems or graph is None:
+        listed = "\n".join(f"  - {p}" for p in problems)
+        raise GraphError(f"{name} has {len(problems)} problem{'s' if len(problems) != 1 else ''}:\n{listed}",
+                         "Mend them and run: lmgraph graph check", tuple(problems))
+    return graph
+
+
+class _Reader:
+    """Data -> Graph, gathering problems instead of stopping at the first."""
+
+    def __init__(self, lines: _Lines) -> None:
+        self.lines = lines
+        self.problems: list[str] = []
+
+    def say(self, path: tuple[str, ...], text: str) -> None:
+        self.problems.append(self.lines.at(path) + (".".join(path) + ": " if path else "") + text)
+
+    def take(self, data: Any, path: tuple[str, ...], fields: Mapping[str, tuple[Any, ...]], required: tuple[str, ...]) -> dict[str, Any]:
+        """Known keys of the right types out of a mapping; everything else is a problem."""
+        if not isinstance(data, dict):
+            self.say(path, f"found {_kind(data)}, expected a mapping with {', '.join(fields)}")
+            return {}
+        out: dict[str, Any] = {}
+        for key, value in data.items():
+            if key not in fields:
+                self.say((*path, str(key)), f"unknown key; valid: {', '.join(fields)}")
+            elif isinstance(value, bool) and bool not in fields[key] or not isinstance(value, fields[key]):
+                self.say((*path, str(key)), f"found {_kind(value)}, expected {' or '.join(_NAMES[t] for t in fields[key])}")
+            elif isinstance(value, float) and not math.isfinite(value):
+                self.say((*path, str(key)), f"found {value}, expected a finite number")
+            else:
+                out[key] = value
+        for key in required:
+            if key not in data:
+                self.say((*path,), f"needs {key!r}")
+        return out
+
+    def strings(self, data: Any, path: tuple[str, ...]) -> tuple[str, ...]:
+        items = [data] if isinstance(data, str) else data if isinstance(data, list) else []
+        for item in items:
+            if not isinstance(item, str):
+                self.say(path, f"found {_kind(item)} in the list, expected names")
+        return tuple(item for item in items if isinstance(item, str))
+
+    def one_of(self, value: str, choices: tuple[str, ...], path: tuple[str, ...]) -> None:
+        if value not in choices:
+            self.say(path, f"found {value!r}; valid: {', '.join(choices)}")
+
+    def graph(self, data: Any) -> Graph | None:
+        top = self.take(data, (), {"version": (int,), "master": (dict,), "nodes": (dict,), "edges": (dict,)}, ("version", "nodes", "edges"))
+        if top.get("version", VERSION) != VERSION:
+            self.say(("version",), f"found {top['version']}, this lmgraph reads version {VERSION}")
+        spec = self.take(top.get("master", {}), ("master",), {"bundle": (str,), "threshold": (int, float), "fallback": (str,)}, ())
+        if not 0 <= spec.get("threshold", 0) <= 1:
+            self.say(("master", "threshold"), f"found {spec['threshold']}, expected a probability from 0 to 1")
+        nodes = {}
+        for name, value in top.get("nodes", {}).items():
+            node = self.node(str(name), value)
+            if node:
+                nodes[str(name)] = node
+        edges = {str(at): self.strings(to, ("edges", str(at))) for at, to in top.get("edges", {}).items()}
+        if self.problems:
+            return None
+        return Graph(nodes, edges, MasterSpec(**spec))
+
+    def node(self, name: str, data: Any) -> Node | None:
+        path = ("nodes", name)
+        before = len(self.problems)
+        if name in (START, END, "*") or not name.replace("_", "").replace("-", "").isalnum() or not name.isascii() or len(name) > 64:
+            self.say(path, "a node's name has at most 64 letters, digits, '_' and '-', and is not start or end")
+        row = self.take(data, path, {"token": (int,), "description": (str,), "worker": (dict,), "rewrite": (str,),
+                                     "threshold": (int, float), "accepts": (str, list), "fallback": (str,), "adapter": (str,)},
+                        ("token", "description", "worker"))
+        if row.get("token", 0) < 0:
+            self.say((*path, "token"), f"found {row['token']}, expected 0 or more")
+        self.one_of(row.get("rewrite", "auto"), REWRITE, (*path, "rewrite"))
+        if not 0 <= row.get("threshold", 0) <= 1:
+            self.say((*path, "threshold"), f"found {row['threshold']}, expected a probability from 0 to 1")
+        accepts = self.strings(row.pop("accepts", "text"), (*path, "accepts"))
+        for modality in accepts:
+            self.one_of(modality, MODALITIES, (*path, "accepts"))
+        worker = self.worker(row.pop("worker", {"kind": "embedded", "model": "-"}), (*path, "worker"))
+        if len(self.problems) > before or worker is None:
+            return None
+        return Node(name=name, worker=worker, accepts=accepts, **row)
+
+    def worker(self, data: Any, path: tuple[str, ...]) -> WorkerSpec | None:
+        row = self.take(data, path, {"kind": (str,), "model": (str,), "system": (str,), "urls": (str, list), "key_env": (str,),
+                                     "timeout_s": (int, float), "retries": (int,), "max_tokens": (int,),
+                                     "temperature": (int, float), "answers": (dict,)}, ("kind",))
+        kind = row.get("kind", KINDS[0])
+        self.one_of(kind, KINDS, (*path, "kind"))
+        urls = self.strings(row.pop("urls", []), (*path, "urls"))
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                self.say((*path, "urls"), f"found {url!r}, expected http:// or https://")
+        if kind == "openai" and not urls:
+            self.say(path, "kind openai needs urls: [http://host:port/v1]")
+        if kind in ("openai", "embedded") and not row.get("model"):
+            self.say(path, f"kind {kind} needs a model")
+        for key, low in (("timeout_s", 0.001), ("retries", 0), ("max_tokens", 1)):
+            if row.get(key, low) < low:
+                self.say((*path, key), f"found {row[key]}, expected at least {low}")
+        if row.get("retries", 0) > 10:
+            self.say((*path, "retries"), f"found {row['retries']}, expected at most 10")
+        if not 0 <= row.get("temperature", 0) <= 2:
+            self.say((*path, "temperature"), f"found {row['temperature']}, expected 0 to 2")
+        if "answers" in row:
+            row["answers"] = {str(k): str(v) for k, v in row["answers"].items()}
+        return WorkerSpec(urls=urls, **row) if row.get("kind") else None
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping", bool: "true or false"}
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return f"{_NAMES.get(type(value), type(value).__name__)} ({value!r:.40})" if not isinstance(value, (dict, list)) else _NAMES[type(value)]
+
+
+def check(graph: Graph, lines: _Lines | None = None) -> list[str]:
+    """Every problem of a graph as a whole: edges, tokens, fallbacks, nodes that cannot be reached, cycles to nowhere."""
+    problems: list[str] = []
+
+    def say(path: tuple[str, ...], text: str) -> None:
+        problems.append((lines.at(path) if lines else "") + text)
+
+    names = set(graph.nodes)
+    if not names:
+        say(("nodes",), "the graph has no nodes; add one: lmgraph graph add NAME")
+    tokens: dict[int, str] = {}
+    for name, node in graph.nodes.items():
+        if node.token in tokens:
+            say(("nodes", name, "token"), f"nodes {tokens[node.token]!r} and {name!r} share functional token {node.token}")
+        tokens.setdefault(node.token, name)
+        if node.fallback and node.fallback not in names:
+            say(("nodes", name, "fallback"), f"fallback of {name!r} is {node.fallback!r}, which is no node; valid: {', '.join(names)}")
+        elif node.fallback and _ring(graph, name):
+            say(("nodes", name, "fallback"), f"fallbacks go round in a ring: {' -> '.join(_ring(graph, name))}")
+    if graph.master.fallback and graph.master.fallback not in names:
+        say(("master", "fallback"), f"master.fallback is {graph.master.fallback!r}, which is no node; valid: {', '.join(sorted(names))}")
+    if not graph.edges.get(START) and names:
+        say(("edges",), "no edge leaves start: nothing can be chosen first; write  start: [\"*\"]")
+    for at, targets in graph.edges.items():
+        if at != START and at not in names:
+            say(("edges", at), f"edges leave {at!r}, which is no node; valid: start, {', '.join(sorted(names))}")
+        for to in targets:
+            if to not in names and to not in ("*", END):
+                say(("edges", at), f"edge {at} -> {to}: {to!r} is no node; valid: *, end, {', '.join(sorted(names))}")
+            if at == START and to == END:
+                say(("edges", at), "edge start -> end: a walk needs at least one node")
+    if problems:
+        return problems
+    reached = graph.reachable()
+    for name in graph.nodes:
+        if name not in reached:
+            say(("nodes", name), f"node {name!r} cannot be reached from start; connect it: lmgraph graph connect start {name}")
+        elif graph.neighbours(name) and END not in graph.reachable(name) and not _stops(graph, name):
+            say(("edges", name), f"from {name!r} the walk can never end (a cycle to nowhere); connect it: lmgraph graph connect {name} end")
+    return problems
+
+
+def _stops(graph: Graph, name: str) -> bool:
+    """Whether a node without outgoing edges (an implicit end) can be reached."""
+    return any(not graph.neighbours(other) for other in graph.reachable(name) if other != END)
+
+
+def _ring(graph: Graph, name: str) -> list[str]:
+    walk = [name]
+    while (following := graph.nodes[walk[-1]].fallback) and following in graph.nodes:
+        walk.append(following)
+        if walk.count(following) > 1:
+            return walk if following == name else []
+    return []
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of graph.yaml, for editors; `loads` checks more than a schema can say."""
+    text, number = {"type": "string"}, {"type": "number"}
+    worker = {"type": "object", "required": ["kind"], "additionalProperties": False, "properties": {
+        "kind": {"enum": list(KINDS), "description": "embedded: llama.cpp in this process; openai: any OpenAI-compatible server"},
+        "model": {**text, "description": "catalogue name or GGUF file (embedded), model name (openai)"},
+        "system": {**text, "description": "system prompt put before every request"},
+        "urls": {"oneOf": [text, {"type": "array", "items": text}], "description": "base URLs of replicas, e.g. http://host:8000/v1"},
+        "key_env": {**text, "description": "environment variable that holds the API key"},
+        "timeout_s": {**number, "exclusiveMinimum": 0}, "retries": {"type": "integer", "minimum": 0, "maximum": 10},
+        "max_tokens": {"type": "integer", "minimum": 1}, "temperature": {**number, "minimum": 0, "maximum": 2},
+        "answers": {"type": "object", "description": "scripted only: request -> answer, '*' for any"}}}
+    node = {"type": "object", "required": ["token", "description", "worker"], "additionalProperties": False, "properties": {
+        "token": {"type": "integer", "minimum": 0, "description": "number of the functional token; never re-used for another node"},
+        "description": text, "worker": worker, "rewrite": {"enum": list(REWRITE)},
+        "threshold": {**number, "minimum": 0, "maximum": 1}, "accepts": {"oneOf": [text, {"type": "array", "items": {"enum": list(MODALITIES)}}]},
+        "fallback": {**text, "description": "node that takes over when this worker fails"}, "adapter": text}}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lmgraph graph", "type": "object",
+            "required": ["version", "nodes", "edges"], "additionalProperties": False, "properties": {
+                "version": {"const": VERSION},
+                "master": {"type": "object", "additionalProperties": False, "properties": {
+                    "bundle": {**text, "description": "built-in bundle or folder"}, "threshold": {**number, "minimum": 0, "maximum": 1},
+                    "fallback": {**text, "description": "node asked when the master's probability is below the threshold"}}},
+                "nodes": {"type": "object", "additionalProperties": node, "propertyNames": {"pattern": "^[A-Za-z0-9_-]{1,64}$"}},
+                "edges": {"type": "object", "additionalProperties": {"oneOf": [text, {"type": "array", "items": text}]}}}}

@@ -1,0 +1,355 @@
+"""Train a master: LoRA on the trunk, input and output rows for the functional tokens, one loss over choice and rewrite.
+
+    setup -> main -> fit -> validate. Every run leaves its recipe, log, plot and metrics beside the weights, writes a
+    checkpoint every few minutes and goes on from it. torch, transformers and peft live here and nowhere else.
+
+The sequence is: prompt (prompts.py), functional token, rewritten query, end token; only what follows the prompt is learnt
+(Octopus v2 section 3.4: LoRA, AdamW; equal token weights, section 4.6). New rows are trained explicitly, the base's are not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmgraph.errors import DataError, MissingExtra
+from lmgraph.tokens import Vocabulary
+from lmgraph.train import examples as data
+
+try:
+    import torch
+    import torch.nn.functional as F
+except ImportError as error:  # pragma: no cover - exercised by the test of missing extras in a subprocess
+    raise MissingExtra("Training a master", "train") from error
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run does, but for the data."""
+
+    epochs: float = 2.0
+    batch_tokens: int = 1536
+    """padded tokens in one step"""
+    learning_rate: float = 5e-4
+    rows_learning_rate: float = 3e-3
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    warmup: float = 0.05
+    """share of all steps"""
+    weight_decay: float = 0.01
+    rewrite_weight: float = 0.5
+    """weight of the mean rewrite-token loss beside the mean choice loss"""
+    smoothing: float = 0.05
+    """label smoothing over the nodes (against label noise)"""
+    average: float = 0.98
+    """decay of the running average of the trained weights; the average is what is kept"""
+    query_limit: int = 192
+    """query tokens; longer queries are shortened, head and tail"""
+    seed: int = 0
+    threads: int = 0
+    """0: what torch chooses"""
+    checkpoint_minutes: float = 4.0
+    validate_every: int = 200
+
+
+class Master(torch.nn.Module):
+    """A causal LM with extra rows: ids >= base size are looked up in `input_rows`, scored with `output_rows`."""
+
+    def __init__(self, trunk: Any, embeddings: torch.Tensor, rows: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        mean = embeddings.mean(0)
+        self.input_rows = torch.nn.Parameter(mean.repeat(rows, 1) + 0.02 * torch.randn(rows, embeddings.shape[1]))
+        self.output_rows = torch.nn.Parameter(torch.zeros(rows, embeddings.shape[1]))
+
+    def states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (B, T, D) after the last norm, of ids (B, T) under a right-padding mask (B, T)."""
+        base = self.embeddings.shape[0]
+        extra = ids >= base
+        embedded = F.embedding(ids.clamp(max=base - 1), self.embeddings)
+        rows = F.embedding((ids - base).clamp(min=0), self.input_rows)
+        return self.trunk(inputs_embeds=torch.where(extra.unsqueeze(-1), rows, embedded),
+                          attention_mask=mask, use_cache=False).last_hidden_state
+
+    def scores(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V + rows) of hidden states (N, D)."""
+        return torch.cat([states @ self.embeddings.T, states @ self.output_rows.T], dim=-1)
+
+
+def load_base(path: Path) -> tuple[Any, torch.Tensor, data.Encode]:
+    """(trunk, embeddings (V, D), encode) of a GGUF file, dequantised to float32. The embeddings are tied or `lm_head`."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise MissingExtra("Training a master", "train") from error
+    kwargs = {"gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs).backend_tokenizer
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    def encode_text(text: str, special: bool) -> list[int]:
+        tokenizer.encode_special_tokens = not special
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return model.model, model.get_input_embeddings().weight.detach().clone(), encode_text
+
+
+def batches(encoded: Sequence[data.Encoded], budget: int, rng: random.Random) -> list[list[int]]:
+    """Indices in batches of at most `budget` padded tokens, similar lengths together, batches in random order."""
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids) + rng.random() * 4, i))
+    out: list[list[int]] = []
+    batch: list[int] = []
+    for index in order:
+        longest = max(len(encoded[index].ids), *(len(encoded[i].ids) for i in batch)) if batch else len(encoded[index].ids)
+        if batch and longest * (len(batch) + 1) > budget:
+            out.append(batch)
+            batch = []
+        batch.append(index)
+    if batch:
+        out.append(batch)
+    rng.shuffle(out)
+    return out
+
+
+def _pad(rows: Sequence[data.Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :len(row.ids)] = torch.tensor(row.ids)
+        mask[i, :len(row.ids)] = 1
+    return ids, mask
+
+
+def loss_of(master: Master, rows: Sequence[data.Encoded], vocabulary: Vocabulary, recipe: Recipe) -> tuple[torch.Tensor, float, float]:
+    """(loss, choice loss, rewrite loss) of a batch; choice over the whole vocabulary, smoothed over the graph's nodes."""
+    ids, mask = _pad(rows, 0)
+    states = master.states(ids, mask)
+    first = torch.tensor([row.start for row in rows])
+    each = torch.arange(len(rows))
+    logits = F.log_softmax(master.scores(states[each, first - 1]), dim=-1)
+    target = ids[each, first]
+    known = torch.tensor([vocabulary.first_id + token for token in vocabulary.nodes.values()])
+    eps = recipe.smoothing
+    choice = -((1 - eps) * logits[each, target] + eps * logits[:, known].mean(-1)).mean()
+    after = mask.bool() & (torch.arange(ids.shape[1]) > first.unsqueeze(1))
+    rewrite = torch.zeros(())
+    if after.any():
+        where = after.nonzero()
+        rewrite = F.cross_entropy(master.scores(states[where[:, 0], where[:, 1] - 1]), ids[after])
+    return choice + recipe.rewrite_weight * rewrite, float(choice.detach()), float(rewrite.detach())
+
+
+@torch.no_grad()
+def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabulary, budget: int = 4096) -> dict[str, float]:
+    """Choice accuracy and log loss over the graph's nodes (prompt only), as serving would choose."""
+    master.eval()
+    known = torch.tensor([vocabulary.first_id + token for token in vocabulary.nodes.values()])
+    prompts = [data.Encoded(row.ids[:row.start + 1], row.start) for row in encoded]
+    right = 0
+    loss = 0.0
+    for batch in batches(prompts, budget, random.Random(0)):
+        rows = [prompts[i] for i in batch]
+        ids, mask = _pad(rows, 0)
+        each, first = torch.arange(len(rows)), torch.tensor([row.start for row in rows])
+        logits = F.log_softmax(master.scores(master.states(ids, mask)[each, first - 1])[:, known], dim=-1)
+        target = (known.unsqueeze(0) == ids[each, first].unsqueeze(1)).int().argmax(1)
+        right += int((logits.argmax(1) == target).sum())
+        loss += float(-logits[each, target].sum())
+    master.train()
+    return {"accuracy": right / len(encoded), "loss": loss / len(encoded), "n": float(len(encoded))}
+
+
+def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe) -> tuple[Master, data.Encode]:
+    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name."""
+    from peft import LoraConfig, get_peft_model
+
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    trunk, embeddings, encode_text = load_base(base)
+    lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(LINEAR))
+    peft = get_peft_model(trunk, lora)
+    master = Master(peft.base_model.model, embeddings, vocabulary.size + 1)
+    with torch.no_grad():
+        for node, token in vocabulary.nodes.items():
+            name = encode_text(" " + node.replace("_", " "), False)
+            master.output_rows[token] = embeddings[name].mean(0)
+    return master, encode_text
+
+
+def trained(master: Master) -> dict[str, torch.Tensor]:
+    """The tensors that training changes, by name."""
+    return {name: p for name, p in master.named_parameters() if p.requires_grad}
+
+
+def main(base: Path, train: Sequence[data.Example], validation: dict[str, Sequence[data.Example]], vocabulary: Vocabulary,
+         recipe: Recipe, out: Path, log: Any = print) -> dict[str, Any]:
+    """Run the recipe; leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl, plot.png in `out`."""
+    unknown = sorted({e.node for e in train} - set(vocabulary.nodes))
+    if unknown:
+        raise DataError(f"Examples name nodes without a functional token: {', '.join(unknown)}.")
+    out.mkdir(parents=True, exist_ok=True)
+    master, encode_text = setup(base, vocabulary, recipe)
+    encoded = [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in train]
+    checks = {name: [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in rows]
+              for name, rows in validation.items()}
+    average = fit(master, encoded, checks, vocabulary, recipe, out, log)
+    with torch.no_grad():
+        for name, tensor in trained(master).items():
+            tensor.copy_(average[name])
+    metrics: dict[str, Any] = {name: validate(master, rows, vocabulary) for name, rows in checks.items()}
+    save(master, vocabulary, recipe, out)
+    metrics["examples"] = len(train)
+    metrics["rewrites"] = sum(bool(e.rewrite) for e in train)
+    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    plot(out)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return metrics
+
+
+def _schedule(step: int, total: int, warmup: float) -> float:
+    rise = max(1, int(total * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def _plan(encoded: Sequence[data.Encoded], recipe: Recipe) -> list[list[int]]:
+    rng = random.Random(recipe.seed)
+    plan: list[list[int]] = []
+    for _ in range(math.ceil(recipe.epochs)):
+        plan += batches(encoded, recipe.batch_tokens, rng)
+    return plan[:max(1, round(len(plan) * recipe.epochs / math.ceil(recipe.epochs)))]
+
+
+def fit(master: Master, encoded: Sequence[data.Encoded], checks: dict[str, list[data.Encoded]], vocabulary: Vocabulary,
+        recipe: Recipe, out: Path, log: Any) -> dict[str, torch.Tensor]:
+    """The loop. Returns the averaged weights. Goes on from `out/checkpoint.pt` where one of the same recipe lies."""
+    plan = _plan(encoded, recipe)
+    rows = [p for n, p in trained(master).items() if n.endswith("_rows")]
+    lora = [p for n, p in trained(master).items() if not n.endswith("_rows")]
+    optimizer = torch.optim.AdamW([{"params": lora, "lr": recipe.learning_rate},
+                                   {"params": rows, "lr": recipe.rows_learning_rate, "weight_decay": 0.0}],
+                                  weight_decay=recipe.weight_decay)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    average = {name: p.detach().clone() for name, p in trained(master).items()}
+    start, key = 0, json.dumps([asdict(recipe), len(plan), vocabulary.to_json()], sort_keys=True)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["key"] == key:
+            for name, p in trained(master).items():
+                p.data.copy_(saved["weights"][name])
+            average, start = saved["average"], saved["step"]
+            optimizer.load_state_dict(saved["optimizer"])
+            log(f"going on from step {start} of {len(plan)}")
+    master.train()
+    began = saved_at = time.monotonic()
+    seen = 0
+    with open(out / "log.jsonl", "a") as journal:
+        for step in range(start, len(plan)):
+            torch.manual_seed(recipe.seed * 1_000_003 + step)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * _schedule(step, len(plan), recipe.warmup)
+            batch = [encoded[i] for i in plan[step]]
+            loss, choice, rewrite = loss_of(master, batch, vocabulary, recipe)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*lora, *rows], 1.0)
+            optimizer.step()
+            decay = min(recipe.average, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for name, p in trained(master).items():
+                    average[name].lerp_(p, 1 - decay)
+            seen += sum(len(row.ids) for row in batch)
+            line: dict[str, Any] = {"step": step + 1, "of": len(plan), "choice": round(choice, 4), "rewrite": round(rewrite, 4),
+                                    "tokens_per_s": round(seen / (time.monotonic() - began), 1)}
+            if (step + 1) % recipe.validate_every == 0:
+                line["validation"] = {name: validate(master, rows_, vocabulary) for name, rows_ in checks.items()}
+            journal.write(json.dumps(line) + "\n")
+            journal.flush()
+            if (step + 1) % 20 == 0 or "validation" in line:
+                log(json.dumps(line))
+            if time.monotonic() - saved_at > recipe.checkpoint_minutes * 60:
+                saved_at = time.monotonic()
+                _write(checkpoint, {"key": key, "step": step + 1, "average": average, "optimizer": optimizer.state_dict(),
+                                    "weights": {n: p.detach() for n, p in trained(master).items()}})
+    return average
+
+
+def _write(path: Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    torch.save(value, part)
+    os.replace(part, path)
+
+
+def save(master: Master, vocabulary: Vocabulary, recipe: Recipe, out: Path) -> None:
+    """weights.safetensors (float16: `blk.N.NAME.lora_a` (r, in), `.lora_b` (out, r) scaled, `input_rows`, `output_rows`)."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for name, tensor in trained(master).items():
+        value = tensor.detach().float()
+        if name.endswith("_rows"):
+            tensors[name] = value.numpy().astype(np.float16)
+            continue
+        parts = name.split(".")
+        layer, kind = parts[parts.index("layers") + 1], next(p for p in parts if p in LINEAR)
+        if "lora_B" in name:
+            value = value * (recipe.alpha / recipe.rank)
+        tensors[f"blk.{layer}.{kind}.{'lora_a' if 'lora_A' in name else 'lora_b'}"] = value.numpy().astype(np.float16)
+    part = out / "weights.part"
+    save_file(tensors, part)
+    os.replace(part, out / "weights.safetensors")
+    (out / "vocabulary.json").write_text(json.dumps({**vocabulary.to_json(), "digest": vocabulary.digest}, indent=2) + "\n")
+
+
+def plot(out: Path) -> None:
+    """plot.png from log.jsonl: losses and validation accuracy by step. Skipped where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    lines = list(_journal(out / "log.jsonl"))
+    if not lines:
+        return
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for key in ("choice", "rewrite"):
+        left.plot([x["step"] for x in lines], [x[key] for x in lines], lw=0.7, label=f"{key} loss")
+    left.set_xlabel("step")
+    left.set_ylim(0, 3)
+    left.legend()
+    checked = [x for x in lines if "validation" in x]
+    for name in checked[0]["validation"] if checked else ():
+        right.plot([x["step"] for x in checked], [x["validation"][name]["accuracy"] for x in checked], marker="o", label=name)
+    right.set_xlabel("step")
+    right.set_ylabel("router accuracy (validation)")
+    if checked:
+        right.legend()
+    figure.savefig(out / "plot.png", dpi=110)
+    pyplot.close(figure)
+
+
+def _journal(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for line in path.read_text().splitlines():
+            yield json.loads(line)

@@ -1,0 +1,119 @@
+"""What travels through lmgraph: small frozen dataclasses. Each has a `to_json` where a program may read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a user wants: the conversation (the last user message is the query), and how to answer it."""
+
+    messages: tuple[Message, ...]
+    node: str | None = None
+    """a pinned worker, or None: the master chooses"""
+    max_tokens: int | None = None
+    temperature: float | None = None
+
+    @property
+    def query(self) -> str:
+        """The last user message, '' when there is none."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the master decided for one query.
+
+    `token`, `probability` belong to the node that the master chose (`chosen`); `node` is where the query goes, which
+    differs when the probability lies below the threshold and the fallback is taken. Probabilities are the softmax over the
+    tokens allowed here, best first in `alternatives`. `rewritten` is what the worker gets; `rewrite_note` says why it is
+    the original query, where it is. Times in milliseconds.
+    """
+
+    query: str
+    node: str
+    chosen: str
+    token: int
+    probability: float
+    alternatives: tuple[tuple[str, float], ...] = ()
+    rewritten: str = ""
+    rewrite_note: str = ""
+    fallback: bool = False
+    shortened: int = 0
+    """query tokens that the master did not see (the worker gets the query whole)"""
+    tokenise_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    prompt_tokens: int = 0
+    rewrite_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object; key order is stable."""
+        return {"node": self.node, "token": self.token, "probability": round(self.probability, 4),
+                "alternatives": [{"node": n, "probability": round(p, 4)} for n, p in self.alternatives],
+                "query": self.query, "rewritten": self.rewritten, "fallback": self.fallback, "chosen": self.chosen,
+                "rewrite_note": self.rewrite_note, "shortened": self.shortened,
+                "ms": {"tokenise": round(self.tokenise_ms, 2), "prefill": round(self.prefill_ms, 2),
+                       "decode": round(self.decode_ms, 2)},
+                "tokens": {"prompt": self.prompt_tokens, "rewrite": self.rewrite_tokens}}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of an answer. The last one has `done` set and carries `usage` and, from the runtime, the trace."""
+
+    text: str = ""
+    done: bool = False
+    usage: Mapping[str, int] = field(default_factory=dict)
+    finish: str = ""
+    """stop, length or cancelled; only on the last piece"""
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One hop: which node worked on which request, how long it took, how it ended."""
+
+    node: str
+    request: str
+    answer: str = ""
+    ms: float = 0.0
+    first_ms: float = 0.0
+    """until the first piece of the answer"""
+    attempts: int = 1
+    error: str = ""
+    usage: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened to one ask: the decision (None when a node was pinned) and the steps."""
+
+    decision: Decision | None = None
+    steps: tuple[Step, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {"decision": self.decision.to_json() if self.decision else None,
+                "steps": [{"node": s.node, "request": s.request, "ms": round(s.ms, 1), "first_ms": round(s.first_ms, 1),
+                           "attempts": s.attempts, "error": s.error, "usage": dict(s.usage)} for s in self.steps]}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer: the fold of a stream."""
+
+    text: str
+    trace: Trace
+    usage: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Workers: what answers. `base` is the shape, the others are kinds; the runtime opens them by kind."""

@@ -1,0 +1,20 @@
+"""What a worker is: something that streams an answer to a conversation. Every kind of worker has this one shape."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from lmgraph.types import Delta, Message
+
+
+class Worker(Protocol):
+    """Answers conversations. Leaving the stream early stops the work behind it."""
+
+    def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None) -> AsyncIterator[Delta]:
+        """Pieces of one answer; the last has `done` set. Raises WorkerError, WorkerTimeout or EngineError."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections or weights."""
+        ...

@@ -1,0 +1,63 @@
+"""A worker in this process: any GGUF, its own chat template, streamed. Nodes that name the same file share one engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from lmgraph.engine import Engine
+from lmgraph.types import Delta, Message
+
+
+class SharedEngine:
+    """Opens an engine on first use and closes it when nobody needs it any more."""
+
+    def __init__(self, load: Callable[[], Awaitable[Engine]]) -> None:
+        self._load = load
+        self._lock = asyncio.Lock()
+        self._engine: Engine | None = None
+
+    async def get(self) -> Engine:
+        """The engine, loaded once however many ask at the same time."""
+        async with self._lock:
+            if self._engine is None:
+                self._engine = await self._load()
+            return self._engine
+
+    async def close(self) -> None:
+        """Unload; a later `get` loads again."""
+        async with self._lock:
+            if self._engine is not None:
+                await self._engine.close()
+                self._engine = None
+
+
+class EmbeddedWorker:
+    """Answers with a local model. Conversations go in as ids: nothing a user writes acts as a special token."""
+
+    def __init__(self, shared: SharedEngine, system: str = "", default_temperature: float | None = None) -> None:
+        self._shared = shared
+        self._system = system
+        self._temperature = default_temperature
+
+    async def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None) -> AsyncIterator[Delta]:
+        engine = await self._shared.get()
+        turns = [(m.role, m.content) for m in messages]
+        if self._system:
+            turns = [("system", self._system), *(t for t in turns if t[0] != "system")]
+        ids = await engine.render(turns)
+        heat = temperature if temperature is not None else self._temperature if self._temperature is not None else 0.0
+        finish, used = "stop", 0
+        async with await engine.session() as session:
+            stream = session.generate(ids, max_tokens, temperature=heat)
+            try:
+                async for piece in stream:
+                    if piece.text:
+                        yield Delta(piece.text)
+                    finish, used = piece.finish or finish, piece.completion_tokens or used
+            finally:
+                await stream.aclose()
+        yield Delta(done=True, finish=finish, usage={"prompt_tokens": len(ids), "completion_tokens": used})
+
+    async def close(self) -> None:
+        await self._shared.close()
