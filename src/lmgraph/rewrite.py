@@ -11,9 +11,11 @@ import unicodedata
 from collections import Counter
 
 NUMBER = re.compile(r"(?<![A-Za-z\d])\d+(?:[.,:]\d+)*")
-QUOTED = re.compile(r"\"([^\"]{2,})\"|“([^”]{2,})”|«([^»]{2,})»|「([^」]{2,})」|『([^』]{2,})』|„([^“”]{2,})[“”]")
+QUOTED = re.compile(r"\"([^\"]{2,})\"|“([^“”]{2,})”|«([^«»]{2,})»|「([^「」]{2,})」|『([^『』]{2,})』|„([^„“”]{2,})[“”]")
 _CJK = "\u3000-\u30ff\u3400-\u9fff\uac00-\ud7ff\uff00-\uffef"
-FORMULA = re.compile(rf"[^\s\"“”{_CJK}]*\w[)\]}}']*(?:[\^=≤≥<>+*/\\∑∫√≠→⊃∨∧≡±×÷]|(?<=[A-Za-z0-9])_(?=[A-Za-z0-9]))[\[({{\-]*\w[^\s\"“”{_CJK}]*")
+_RUN = re.compile(rf"[^\s\"“”{_CJK}]*")
+FORMULA = re.compile(r"\w[)\]}']*(?:[\^=≤≥<>+*/\\∑∫√≠→⊃∨∧≡±×÷]|(?<=[A-Za-z0-9])_(?=[A-Za-z0-9]))[\[({\-]*\w")
+"""what makes a formula of the run of characters around it"""
 CHEMICAL = re.compile(r"\b(?:[A-Z][a-z]?\d*){2,}\b")
 _STRONG_EN = (r"\b(?:not|no|never|without|except|none|neither|nor|nothing|cannot|excluding)\b|n[o']t\b|n’t\b"
               r"|\b(?:dont|doesnt|didnt|cant|wont|isnt|arent|wasnt|hasnt|havent|shouldnt|wouldnt|couldnt)\b")
@@ -24,7 +26,7 @@ _WEAK_EN = (r"\b(?:un|in|im|ir|non|dis)[a-z]{3,}|\b(?:fail|lack|avoid|prevent|re
 _IDIOMS_EN = re.compile(
     r"\b(?:do|does|did|can|could|would|should|is|was|has|have|wo|are)(?:n['’]?t| not)\s+(?:really |quite |even |fully |still )?"
     r"(?:get|got|understand|know|remember|want|need|see|find|figure|tell|follow|seem|think|recall|explain|believe|decide|it|they|you|we|i|he|she|that)\b"
-    r"|\bcannot (?:find|remember|see|tell|figure|decide)\b|\bno (?:idea|clue|problem|worries|offen[cs]e|rush|matter)\b|\bnot (?:sure|just|only|really|exactly|a|an|the)\b|\bor not\b|\bwhy not\b"
+    r"|\bcannot (?:find|remember|see|tell|figure|decide)\b|\bno (?:idea|clue|problem|worries|offen[cs]e|rush|matter)\b|\bnot (?:sure|just|only|really|exactly)\b|\bor not\b|\bwhy not\b"
     r"|\bif not\b|\bnot to mention\b|\bnever mind\b|\bi['’]?m not\b|\bno,|, not\b|, no\b|\bwithout (?:crying|boring|losing|going|looking|sounding|jargon|being)\b")
 """conversational negations of English that a rewrite may drop"""
 _IDIOMS_ZH = re.compile(r"(.)[不没](?:有)?\1|有没有|不同|[不没](?:太|是很|怎么)?(?:听|看|搞|弄)?(?:懂|明白|清楚|理解|知道|会)|不过|不好意思|搞不|无(?:机|穷|限|线|氧|理数)|不等式|不[对确]定|"
@@ -38,7 +40,7 @@ NEGATIONS = {
     "es": r"\b(?:no|nunca|sin|ningun[oa]?|ningún|excepto|tampoco|nada|jamás|salvo)\b",
     "pt": r"\b(?:não|nao|nunca|sem|nenhuma?|exceto|nada|jamais|nem)\b",
     "fr": r"\b(?:ne|pas|jamais|sans|aucune?|sauf|ni|rien|non|hormis)\b|\bn['’]",
-    "de": r"\b(?:nicht|nie|niemals|ohne|kein\w*|außer|nichts|weder|ausgenommen)\b",
+    "de": r"\b(?:nicht|nie|niemals|ohne|kein\w*|außer|ausser|nichts|weder|ausgenommen)\b",
     "it": r"\b(?:non|mai|senza|nessun\w*|tranne|eccetto|niente|né)\b",
     "nl": r"\b(?:niet|geen|nooit|zonder|behalve|niets)\b",
     "pl": r"\b(?:nie|nigdy|bez|żaden|żadn\w*|oprócz|ani)\b",
@@ -127,8 +129,22 @@ def _quotes(query: str, text: str) -> str:
 
 def formulas(text: str) -> set[str]:
     """Formulas, code fragments and chemical formulas of a text, blanks left out."""
-    found = {m.strip(".,;:!?()[]'’") for m in FORMULA.findall(text) if not re.fullmatch(r"[A-Za-z]+(?:/[A-Za-z]+)+.?|.*://.*", m)}
-    return {_flat(f) for f in found if len(f) > 2} | {m for m in CHEMICAL.findall(text) if re.search(r"\d", m)}
+    found = {m.strip(".,;:!?()[]'’") for m in _formula_runs(text) if not re.fullmatch(r"[A-Za-z]+(?:/[A-Za-z]+)+.?|.*://.*", m)}
+    return {_flat(f) for f in found if len(f) > 2} | {_flat(m) for m in CHEMICAL.findall(text) if re.search(r"\d", m)}
+
+
+def _formula_runs(text: str) -> list[str]:
+    # One regular expression would try every start of a long run without blanks: minutes for a pasted file.
+    backwards = text[::-1]
+    runs: list[str] = []
+    end = 0
+    for match in FORMULA.finditer(text):
+        if match.start() >= end:
+            left = _RUN.match(backwards, len(text) - match.start(), len(text) - end)
+            right = _RUN.match(text, match.end())
+            end = right.end() if right else match.end()
+            runs.append(text[match.start() - (len(left.group()) if left else 0):end])
+    return runs
 
 
 def _flat(text: str) -> str:

@@ -119,6 +119,8 @@ class Runtime:
         self._watcher = watcher
         self._master: Master | None = None
         self._master_lock = asyncio.Lock()
+        self._files_lock = asyncio.Lock()
+        """one fetch or merge at a time: two of one file would write into each other"""
         self._shared: dict[Path, SharedEngine] = {}
         self._workers: dict[str, Worker] = {}
 
@@ -149,7 +151,8 @@ class Runtime:
         """The master, loaded on first use. Raises VocabularyMismatch when graph and bundle do not fit."""
         async with self._master_lock:
             if self._master is None:
-                path = await asyncio.to_thread(master_file, self.graph.master.bundle, self.settings.cache, self._folder, self._watcher)
+                async with self._files_lock:
+                    path = await asyncio.to_thread(master_file, self.graph.master.bundle, self.settings.cache, self._folder, self._watcher)
                 vocabulary = bundles.vocabulary_of(path)
                 engine = await Engine.open(path, context=MASTER_CONTEXT, slots=slots, threads=self.settings.threads)
                 try:
@@ -176,7 +179,8 @@ class Runtime:
         if spec.kind == "openai":
             return OpenAIWorker(spec.urls, spec.model, system=spec.system, key_env=spec.key_env, timeout_s=spec.timeout_s, temperature=spec.temperature)
         try:
-            path = await asyncio.to_thread(model_file, spec.model, self.settings.cache, self._folder, self._watcher)
+            async with self._files_lock:
+                path = await asyncio.to_thread(model_file, spec.model, self.settings.cache, self._folder, self._watcher)
         except AssetError as error:
             raise WorkerError(f"node {node.name!r}: {error.message}", error.hint) from error
         if path not in self._shared:
@@ -229,8 +233,10 @@ class Runtime:
 async def fold(stream: AsyncIterator[Delta]) -> Answer:
     """A whole answer out of a stream."""
     text: list[str] = []
-    async for delta in stream:
+    last: Delta | None = None
+    async for delta in stream:  # to its very end: what is behind it is closed here, not whenever it is collected
         text.append(delta.text)
-        if delta.done:
-            return Answer("".join(text), delta.trace or Trace(), delta.usage)
-    raise WorkerError("The answer ended without its last piece.")
+        last = delta if delta.done else last
+    if last is None:
+        raise WorkerError("The answer ended without its last piece.")
+    return Answer("".join(text), last.trace or Trace(), last.usage)

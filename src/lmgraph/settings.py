@@ -41,13 +41,17 @@ def read(environment: Mapping[str, str] = os.environ) -> Settings:
     if profile not in PROFILES:
         raise SettingsError(f"LMGRAPH_PROFILE is {profile!r}; valid: {', '.join(PROFILES)}.")
     threads = environment.get("LMGRAPH_THREADS", "")
-    if threads and not (threads.isdecimal() and 1 <= int(threads) <= 1024):
+    if threads and not (threads.isdecimal() and len(threads) < 9 and 1 <= int(threads) <= 1024):
         raise SettingsError(f"LMGRAPH_THREADS is {threads!r}, expected a whole number from 1 to 1024.")
     graph = environment.get("LMGRAPH_GRAPH")
     cache = environment.get("LMGRAPH_CACHE")
-    return Settings(cache=Path(cache).expanduser() if cache else _user_cache(environment) / "lmgraph",
-                    graph=Path(graph).expanduser() if graph else None, profile=profile,
-                    threads=int(threads) if threads else _cores())
+    try:
+        return Settings(cache=Path(cache).expanduser() if cache else _user_cache(environment) / "lmgraph",
+                        graph=Path(graph).expanduser() if graph else None, profile=profile,
+                        threads=int(threads) if threads else _cores())
+    except RuntimeError as error:  # no home folder: a container's user without an entry, or ~somebody
+        raise SettingsError(f"A home folder is needed and cannot be found: {error}",
+                            "Set LMGRAPH_CACHE and LMGRAPH_GRAPH to full paths.") from error
 
 
 def _user_cache(environment: Mapping[str, str]) -> Path:

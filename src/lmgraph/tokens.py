@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -39,8 +40,8 @@ class Vocabulary:
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:
             raise VocabularyMismatch(f"Unknown dialect {self.dialect!r}; known: {', '.join(DIALECTS)}.")
-        if self.size < 1 or self.first_id < 0 or not self.temperature > 0:
-            raise VocabularyMismatch("A vocabulary needs size >= 1, first_id >= 0 and temperature > 0; "
+        if self.size < 1 or self.first_id < 0 or not 0 < self.temperature < math.inf:
+            raise VocabularyMismatch("A vocabulary needs size >= 1, first_id >= 0 and a finite temperature > 0; "
                                      f"found {self.size}, {self.first_id}, {self.temperature}.")
         if self.first_id <= self.end_id < self.first_id + self.size:
             raise VocabularyMismatch(f"The end token {self.end_id} lies among the functional tokens.")
@@ -93,20 +94,26 @@ class Vocabulary:
     def to_json(self) -> dict[str, object]:
         """The JSON form, as vocabulary.json holds it (without the digest)."""
         return {"version": 1, "dialect": self.dialect, "first_id": self.first_id, "size": self.size,
-                "end_id": self.end_id, "nodes": dict(self.nodes), "temperature": self.temperature, "base": self.base}
+                "end_id": self.end_id, "nodes": dict(self.nodes), "temperature": float(self.temperature), "base": self.base}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Vocabulary:
         """The reverse of to_json; unknown keys are ignored. Raises VocabularyMismatch when a key is missing or wrong."""
         try:
-            nodes = {str(k): int(v) for k, v in dict(data["nodes"]).items()}  # type: ignore[call-overload]
-            return cls(first_id=int(data["first_id"]), size=int(data["size"]), end_id=int(data["end_id"]),  # type: ignore[call-overload]
+            nodes = {str(k): _whole(v) for k, v in dict(data["nodes"]).items()}  # type: ignore[call-overload]
+            return cls(first_id=_whole(data["first_id"]), size=_whole(data["size"]), end_id=_whole(data["end_id"]),
                        nodes=nodes, dialect=str(data.get("dialect", "lmgraph")),
                        temperature=float(data.get("temperature", 1.0)),  # type: ignore[arg-type]
                        base=str(data.get("base", "")))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise VocabularyMismatch(f"vocabulary.json cannot be read: {error!r}.",
                                      "Expected: first_id, size, end_id (integers) and nodes (name -> token).") from error
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"found {value!r}, expected a whole number")
+    return value
 
 
 def encode(vocabulary: Vocabulary, node: str, text_ids: list[int]) -> list[int]:
@@ -133,16 +140,14 @@ def unquote(dialect: str, text: str) -> str:
         return text
     if text.startswith("("):
         text = text[1:].lstrip()
-        if text.endswith(")"):
-            text = text[:-1].rstrip()
-        if text.endswith("',") or text.endswith('",'):
-            text = text[:-1]
-        for mark in ("'", '"'):
-            if text.startswith(mark):
-                text = text[1:]
-                if text.endswith(mark):
-                    text = text[:-1]
-                break
+        body = text[:-1].rstrip() if text.endswith(")") else text
+        mark = text[:1]
+        if mark not in ("'", '"'):
+            return body
+        if body.endswith(mark + ","):
+            body = body[:-1]
+        # A bracket at the end without the quote before it belongs to the argument, which was cut off.
+        text = body[1:-1] if len(body) > 1 and body.endswith(mark) else text[1:]
     return text.strip()
 
 

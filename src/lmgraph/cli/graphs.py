@@ -15,8 +15,11 @@ from lmgraph import graph as rules
 from lmgraph.assets import atomic
 from lmgraph.cli import settings
 from lmgraph.cli.run import GRAPH, JSON
-from lmgraph.errors import GraphError, UserError
+from lmgraph.errors import GraphError, LmgraphError, UserError
 from lmgraph.graph import END, START
+
+EDITED = click.option("--graph", "-g", "path", type=click.Path(path_type=Path), help="graph.yaml to change (default: ./graph.yaml)",
+                      callback=lambda context, option, value: value or settings().graph or Path("graph.yaml"))
 
 
 @click.group()
@@ -72,17 +75,19 @@ def check(path: Path | None, as_json: bool) -> None:
     """Check the graph as a whole, and whether its master knows every node. Every problem is reported at once."""
     from lmgraph import bundles
     from lmgraph.master import fits
-    from lmgraph.runtime import read_graph
+    from lmgraph.runtime import Quiet, model_file, read_graph
 
     try:
         given, folder = read_graph(path or settings().graph)
         name = given.master.bundle
-        if not name.endswith(".gguf"):
+        if name.endswith(".gguf"):
+            fits(given, bundles.vocabulary_of(model_file(name, settings().cache, folder, Quiet())))
+        else:
             fits(given, bundles.read(name, folder).vocabulary)
-    except UserError as error:
+    except LmgraphError as error:
         if as_json:
             print(json.dumps({"ok": False, "problems": list(getattr(error, "problems", ())) or [error.message]}))
-            raise click.exceptions.Exit(2) from error
+            raise click.exceptions.Exit(2 if isinstance(error, UserError) else 1) from error
         raise
     if as_json:
         print(json.dumps({"ok": True, "problems": [], "nodes": len(given.nodes)}))
@@ -100,7 +105,7 @@ def check(path: Path | None, as_json: bool) -> None:
 @click.option("--system", default="", help="system prompt")
 @click.option("--examples", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="JSON Lines with `query`: fit this node's row from them (20 or more), so that the master knows it at once")
-@click.option("--graph", "-g", "path", type=click.Path(path_type=Path), default=Path("graph.yaml"), show_default=True)
+@EDITED
 def add(name: str, description: str, token: int | None, model: str, urls: tuple[str, ...], key_env: str, system: str, examples: Path | None, path: Path) -> None:
     """Add node NAME; with --examples the master learns it in seconds, without retraining."""
     from lmgraph import bundles
@@ -146,15 +151,16 @@ def add(name: str, description: str, token: int | None, model: str, urls: tuple[
 
 @graph.command()
 @click.argument("name")
-@click.option("--graph", "-g", "path", type=click.Path(path_type=Path), default=Path("graph.yaml"), show_default=True)
+@EDITED
 def remove(name: str, path: Path) -> None:
     """Remove node NAME and its edges. Its functional token is not given to anybody else by itself."""
 
     def change(data: Any) -> None:
         if name not in data["nodes"]:
             raise UserError(f"There is no node {name!r}.", f"Valid: {', '.join(data['nodes'])}")
-        del data["nodes"][name]
-        data["edges"].pop(name, None)
+        _drop(data["nodes"], name, data)
+        if name in data["edges"]:
+            _drop(data["edges"], name, data)
         for targets in data["edges"].values():
             while name in targets:
                 targets.remove(name)
@@ -171,7 +177,7 @@ def remove(name: str, path: Path) -> None:
 @graph.command()
 @click.argument("source")
 @click.argument("targets", nargs=-1, required=True)
-@click.option("--graph", "-g", "path", type=click.Path(path_type=Path), default=Path("graph.yaml"), show_default=True)
+@EDITED
 def connect(source: str, targets: tuple[str, ...], path: Path) -> None:
     """Add edges SOURCE -> TARGETS (a node's name, end, or * for every node)."""
 
@@ -188,7 +194,7 @@ def connect(source: str, targets: tuple[str, ...], path: Path) -> None:
 @graph.command()
 @click.argument("source")
 @click.argument("targets", nargs=-1, required=True)
-@click.option("--graph", "-g", "path", type=click.Path(path_type=Path), default=Path("graph.yaml"), show_default=True)
+@EDITED
 def disconnect(source: str, targets: tuple[str, ...], path: Path) -> None:
     """Remove edges SOURCE -> TARGETS."""
 
@@ -221,11 +227,40 @@ def _changed(path: Path, change: Callable[[Any], None]) -> str:
     yaml.width = 150
     yaml.preserve_quotes = True
     data = yaml.load(text)
+    for source, targets in data["edges"].items():
+        if isinstance(targets, str):  # short for a list of one
+            data["edges"][source] = [targets]
     change(data)
     buffer = io.StringIO()
     yaml.dump(data, buffer)
     rules.loads(buffer.getvalue(), f"{path} after this change")
     return buffer.getvalue()
+
+
+def _drop(rows: Any, name: str, whole: Any) -> None:
+    """Take a key out of a mapping. The YAML library hangs the comment above the *next* key on this one: it is moved there."""
+    node, place, text = rows, name, ""
+    while True:
+        token = (node.ca.items.get(place) or [None] * 3)[2 if isinstance(node, dict) else 0]
+        if token is not None:
+            width = rows.lc.key(name)[1]
+            lines = [line for line in token.value.split("\n")[1:] if line.strip() and len(line) - len(line.lstrip()) <= width]
+            text = "\n".join(line.strip().removeprefix("#").strip() for line in lines)
+            break
+        node = node[place]
+        if not node or not hasattr(node, "ca"):
+            break
+        place = list(node)[-1] if isinstance(node, dict) else len(node) - 1
+    keys = list(rows)
+    following = next(iter(keys[keys.index(name) + 1:]), None)
+    owner = rows
+    if following is None:
+        top = list(whole)
+        section = next(key for key in top if whole[key] is rows)
+        owner, following = whole, next(iter(top[top.index(section) + 1:]), None)
+    del rows[name]
+    if text and following is not None:
+        owner.yaml_set_comment_before_after_key(following, before=text, indent=0 if owner is whole else width)
 
 
 def _edit(path: Path, change: Callable[[Any], None]) -> None:

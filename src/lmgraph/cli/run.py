@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -36,8 +37,8 @@ def ask(query: tuple[str, ...], path: Path | None, profile: str | None, node: st
 
     QUERY - reads the question from stdin.
     """
-    text = sys.stdin.read() if query == ("-",) else " ".join(query)
-    asyncio.run(_ask(text, path, profile, node, max_tokens, temperature, show_trace, as_json))
+    text = read_stdin() if query == ("-",) else " ".join(query)
+    asyncio.run(_ask(_characters(text), path, profile, node, max_tokens, temperature, show_trace, as_json))
 
 
 async def _ask(query: str, path: Path | None, profile: str | None, node: str | None, max_tokens: int | None, temperature: float | None,
@@ -97,20 +98,44 @@ def route(source: str, path: Path | None, rewriting: bool | None, as_json: bool)
     """
     file = Path(source) if source.endswith((".jsonl", ".json")) else None
     if source == "-":
-        rows = read_queries(sys.stdin.read().splitlines(), "stdin")
+        rows = read_queries(read_stdin(), "stdin")
     elif file is not None:
-        try:
-            rows = read_queries(file.read_text(encoding="utf-8").splitlines(), file.name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{source} cannot be read: {error}.") from error
+        rows = queries_of(file)
     else:
-        rows = [{"query": source}]
+        rows = [{"query": _characters(source)}]
     asyncio.run(_route(rows, path, rewriting, as_json, single=source != "-" and file is None))
 
 
-def read_queries(lines: list[str], name: str) -> list[dict[str, Any]]:
+def read_stdin() -> str:
+    """All of stdin. Raises DataError when it is not text."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not text in {error.encoding}: {error.reason} at byte {error.start}.") from error
+
+
+def _characters(text: str) -> str:
+    """The text itself. Raises QueryError where bytes that are no characters came in (Python carries them as lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise QueryError(f"The query is not text in UTF-8: character {error.start + 1} is none.") from error
+    return text
+
+
+def queries_of(file: Path) -> list[dict[str, Any]]:
+    """Objects with a `query` out of a JSON Lines file."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}.") from error
+    return read_queries(text, file.name)
+
+
+def read_queries(text: str, name: str) -> list[dict[str, Any]]:
     """Objects with a non-empty `query`, one a line; every bad line is named before any work starts."""
     rows, bad = [], []
+    lines = text.rstrip("\n").split("\n")  # not splitlines: JSON may hold U+2028 and its like as they are
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -118,8 +143,9 @@ def read_queries(lines: list[str], name: str) -> list[dict[str, Any]]:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("query"), str) or not row["query"].strip():
                 raise ValueError("needs a non-empty string `query`")
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             bad.append(f"{name}:{number}: {error}")
     if bad:
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
@@ -203,10 +229,13 @@ async def _chat(path: Path | None, profile: str | None, node: str | None) -> Non
 
             while True:
                 try:
-                    line = (await asyncio.to_thread(input, "> ")).strip()
+                    line = _characters(_line()).strip()
                 except EOFError:
                     out("\n")
                     return
+                except QueryError as error:
+                    console.print(f"Error: {error}", style="red", markup=False)
+                    continue
                 if line in ("/exit", "/quit"):
                     return
                 if line == "/new":
@@ -224,3 +253,16 @@ async def _chat(path: Path | None, profile: str | None, node: str | None) -> Non
                     messages += [Message("user", line), Message("assistant", answer)]
                 except LmgraphError as error:
                     console.print(f"Error: {error}", style="red", markup=False)
+
+
+def _line() -> str:
+    """A line from the terminal, read on the main thread under Python's own Ctrl-C: asyncio's would wait for the line to end."""
+    held = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input("> ")
+    except KeyboardInterrupt as error:
+        raise click.Abort from error
+    except UnicodeDecodeError as error:
+        raise QueryError(f"The line is not text in {error.encoding}.") from error
+    finally:
+        signal.signal(signal.SIGINT, held)

@@ -34,7 +34,8 @@ class Bars:
         """Show `done` of `total`; bytes when the task fetches something."""
         if self._progress is None:
             amount = DownloadColumn() if task.startswith("fetching") else MofNCompleteColumn()
-            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn(), console=console, transient=True)
+            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn(), console=console, transient=True,
+                                      redirect_stdout=sys.stdout.isatty())  # else results on their way to a file would land on the terminal
             self._progress.start()
         if task not in self._tasks:
             if not console.is_terminal:
@@ -124,7 +125,7 @@ def graph_svg(given: Graph) -> str:
         parts.append(f'<rect x="{left}" y="{y - 14:.0f}" width="330" height="28" rx="6" fill="#eef3f8" stroke="#567"/>'
                      f'<text x="{left + 10}" y="{y + 5:.0f}" fill="#a26">&lt;fn_{node.token}&gt;</text>'
                      f'<text x="{left + 72}" y="{y + 5:.0f}" fill="#123" font-weight="bold">{escape(name)}{ends}</text>'
-                     f'<text x="{left + 320}" y="{y + 5:.0f}" fill="#678" text-anchor="end" font-size="11">{escape(node.worker.model or node.worker.kind)[:24]}</text>')
+                     f'<text x="{left + 320}" y="{y + 5:.0f}" fill="#678" text-anchor="end" font-size="11">{escape((node.worker.model or node.worker.kind)[:24])}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -139,7 +139,7 @@ def heads_(node: str | None, examples: Path | None, files: tuple[Path, ...], out
 async def fit_node(path: Path, node: str, token: int, examples: Path, out: Path | None) -> str:
     """Fit one row against the bundle of a graph file; the new bundle's name as the graph should write it."""
     from lmgraph import bundles
-    from lmgraph.cli.run import read_queries
+    from lmgraph.cli.run import queries_of
     from lmgraph.cli.show import Bars
     from lmgraph.master import QUERY_LIMIT
     from lmgraph.runtime import master_file, read_graph
@@ -149,7 +149,7 @@ async def fit_node(path: Path, node: str, token: int, examples: Path, out: Path 
     given, folder = read_graph(path)
     if given.master.bundle.endswith(".gguf"):
         raise UserError("The master of this graph is a merged GGUF; rows are fitted on bundles.", "Name the bundle's folder in graph.yaml.")
-    queries = [row["query"] for row in read_queries(examples.read_text(encoding="utf-8").splitlines(), examples.name)]
+    queries = [row["query"] for row in queries_of(examples)]
     bundle = bundles.read(given.master.bundle, folder)
     began = time.perf_counter()
     beside = folder or Path()
@@ -178,13 +178,13 @@ async def _all_rows(files: tuple[Path, ...], out: Path, base: str, size: int, pa
     training, kept = data.split(data.load(files))
     if not kept:
         raise DataError("Too few examples: nothing is left to keep aside.", "Give at least 50 examples.")
+    labels = heads.index([e.node for e in [*training, *kept]], vocabulary.nodes)
     engine = await Engine.open(base_file, context=1024, slots=4, threads=using.threads, states=True)
     with Bars() as bars:
         try:
             features = await heads.states(engine, vocabulary, [e.query for e in [*training, *kept]], QUERY_LIMIT, lambda a, b: bars.progress("hidden states", a, b))
         finally:
             await engine.close()
-    labels = heads.index([e.node for e in [*training, *kept]], vocabulary.nodes)
     cut = len(training)
     fitted = heads.fit_all(features[:cut], labels[:cut], len(vocabulary.nodes), features[cut:], labels[cut:])
     heads.rows_bundle(out, vocabulary, fitted, features.shape[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,15 @@ def load(paths: Iterable[Path]) -> list[Example]:
         if not path.exists():
             raise DataError(f"{path} does not exist.", "Expected JSON Lines with query, node and (optional) rewrite.")
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    examples.append(_parse(line, f"{path.name}:{number}"))
+        number = 0
+        try:
+            with opener(path, "rt", encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        examples.append(_parse(line, f"{path.name}:{number}"))
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise DataError(f"{path.name}:{number + 1}: cannot be read: {error}.",
+                            "Expected JSON Lines in UTF-8, gzip-compressed where the name ends in .gz.") from error
     if not examples:
         raise DataError("No examples found.", "Expected JSON Lines with query, node and (optional) rewrite.")
     return examples
@@ -58,8 +64,11 @@ def load(paths: Iterable[Path]) -> list[Example]:
 def _parse(line: str, where: str) -> Example:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}).", "Each line is one object: {\"query\": ..., \"node\": ...}") from error
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no character.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({getattr(error, 'msg', error)}).", "Each line is one object: {\"query\": ..., \"node\": ...}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: found {type(row).__name__}, expected an object.")
     query = row.get("query", row.get("question"))

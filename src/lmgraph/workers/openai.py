@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -19,6 +20,8 @@ from lmgraph.types import Delta, Message
 
 LINE_LIMIT = 1 << 20
 """characters of one event; a server that sends more without a line end is refused"""
+
+REACH = "Is the server running, and is the URL in graph.yaml right (it ends in /v1)?"
 
 
 class OpenAIWorker:
@@ -47,9 +50,10 @@ class OpenAIWorker:
             url = self._urls[(first + i) % len(self._urls)]
             started = False
             try:
-                async for delta in self._one(url, body):
-                    started = True
-                    yield delta
+                async with aclosing(self._one(url, body)) as deltas:
+                    async for delta in deltas:
+                        started = True
+                        yield delta
                 return
             except WorkerError as error:
                 if started:
@@ -57,29 +61,32 @@ class OpenAIWorker:
                 last = error
         raise last or WorkerError("no URL is configured")
 
-    async def _one(self, url: str, body: dict[str, Any]) -> AsyncIterator[Delta]:
+    async def _one(self, url: str, body: dict[str, Any]) -> AsyncGenerator[Delta, None]:
         usage: dict[str, int] = {}
         finish = ""
         try:
             async with self._client.stream("POST", f"{url}/chat/completions", json=body, headers=self._headers()) as response:
                 if response.status_code != 200:
                     raise WorkerError(_complaint(url, response.status_code, (await response.aread())[:2000]))
-                async for event in _events(response):
-                    if "error" in event:
-                        raise WorkerError(f"{url} answered with an error: {str(event['error'])[:300]}")
-                    for name, value in (event.get("usage") or {}).items():
-                        if isinstance(value, int):
-                            usage[name] = value
-                    for choice in event.get("choices") or ():
-                        finish = choice.get("finish_reason") or finish
-                        text = (choice.get("delta") or {}).get("content")
+                async with aclosing(_events(response)) as events:
+                    async for event in events:
+                        if event.get("error"):
+                            raise WorkerError(f"{url} answered with an error: {_words(event['error'])}")
+                        for name, value in _mapping(event.get("usage")).items():
+                            if isinstance(value, int):
+                                usage[name] = value
+                        choices = event.get("choices")
+                        choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
+                        finish = str(choice.get("finish_reason") or finish)
+                        text = _mapping(choice.get("delta")).get("content")
                         if isinstance(text, str) and text:
                             yield Delta(text)
+        except httpx.ConnectTimeout as error:  # nobody there: another replica may be
+            raise WorkerError(f"{url} cannot be reached: no connection in time.", REACH) from error
         except httpx.TimeoutException as error:
             raise WorkerTimeout(f"{url} did not answer within {self._timeout:g} s.") from error
-        except httpx.HTTPError as error:
-            raise WorkerError(f"{url} cannot be reached: {error or type(error).__name__}.",
-                              "Is the server running, and is the URL in graph.yaml right (it ends in /v1)?") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise WorkerError(f"{url} cannot be reached: {str(error) or type(error).__name__}.", REACH) from error
         if not finish:
             raise WorkerError(f"{url} ended its stream before the answer was finished.")
         yield Delta(done=True, finish=finish, usage=usage)
@@ -87,9 +94,11 @@ class OpenAIWorker:
     def _headers(self) -> dict[str, str]:
         if not self._key_env:
             return {}
-        key = self._environment.get(self._key_env, "")
+        key = self._environment.get(self._key_env, "").strip()  # a key read from a file often ends in a line end
         if not key:
             raise WorkerError(f"The environment variable {self._key_env} (key of this worker) is not set.", f"export {self._key_env}=...")
+        if not (key.isascii() and key.isprintable()):  # never let the HTTP client complain: it would print the key
+            raise WorkerError(f"The environment variable {self._key_env} (key of this worker) holds characters that no key has.")
         return {"Authorization": f"Bearer {key}"}
 
     async def close(self) -> None:
@@ -99,13 +108,20 @@ class OpenAIWorker:
 def _complaint(url: str, status: int, body: bytes) -> str:
     try:
         detail = json.loads(body)["error"]
-        detail = detail.get("message", detail) if isinstance(detail, dict) else detail
     except (ValueError, KeyError, TypeError):
         detail = body.decode(errors="replace")
-    return f"{url} answered {status}: {str(detail)[:300]}"
+    return f"{url} answered {status}: {_words(detail)}"
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+def _words(error: Any) -> str:
+    return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
     """Data events of a server-sent stream (WHATWG HTML section 9.2), as JSON objects, until [DONE]."""
     rest = ""
     async for chunk in response.aiter_text():

@@ -1,0 +1,116 @@
+"""Decision time: one functional token against bare prefill, and against all descriptions in the prompt.
+
+    .venv/bin/python benchmarks/decision_time.py --out benchmarks/results/decision_time.json
+
+Everything is measured in one run, alternating, with the same base weights in the same engine. For each query:
+- `prefill`: the query's tokens alone, nothing chosen (one token is sampled, as llama.cpp always does);
+- `functional`: lmgraph's decision (template + query, softmax over the functional tokens of all nodes);
+- `listing_cold`: all node descriptions, then the query, choice among node names: what a stateless call costs;
+- `listing_cached`: the same with the listing's prefix kept in the cache, as a warm server would.
+Queries are different each time, so that only template and listing can come from the cache. Medians; ratios of medians.
+The graphs of 100 and 1,000 nodes are the built-in descriptions numbered on; their rows are random (time does not depend on it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lmgraph import assets, bundles, graph, prompts, runtime, settings
+from lmgraph.engine import Engine, Session
+from lmgraph.tokens import Vocabulary
+from lmgraph.train import examples, heads
+
+BASE = "smollm2-135m"
+
+
+async def timed(session: Session, ids: list[int], allowed: list[int] | None) -> float:
+    began = time.perf_counter()
+    if allowed is None:
+        async for _ in session.generate(ids, 1):
+            pass
+    else:
+        await session.choose(ids, allowed)
+    return (time.perf_counter() - began) * 1000
+
+
+def build(base: Path, nodes: int, folder: Path) -> Path:
+    """A rows-only master for `nodes` nodes."""
+    import gguf
+
+    first = len(gguf.GGUFReader(base).fields["tokenizer.ggml.tokens"].data)
+    width = 576
+    vocabulary = Vocabulary(first, nodes, first + nodes, {f"node_{i}": i for i in range(nodes)})
+    rows = np.random.default_rng(0).normal(0, 0.1, (nodes, width)).astype(np.float32)
+    heads.rows_bundle(folder / f"n{nodes}", vocabulary, heads.Fitted(rows, 1.0, 0.0, 0.0, 0.0), width)
+    return bundles.merge(bundles.read(str(folder / f"n{nodes}")), base, folder / f"n{nodes}.gguf")
+
+
+def descriptions(nodes: int) -> list[str]:
+    given = list(graph.loads(runtime.builtin_graph()).nodes.values())
+    return [f"{given[i % len(given)].name}{'' if i < len(given) else f'_{i}'}: {given[i % len(given)].description}" for i in range(nodes)]
+
+
+async def measure(path: Path, nodes: int, queries: list[str], threads: int, cold: int) -> dict[str, float]:
+    vocabulary = bundles.vocabulary_of(path)
+    listing_text = "Experts:\n" + "\n".join(descriptions(nodes)) + "\n\nWhich expert should answer this question? Question: "
+    engine = await Engine.open(path, context=min(40_000, 1024 + 40 * nodes), slots=1, threads=threads)
+    try:
+        head, _, tail = prompts.render("")
+        before, after = await engine.tokenise(head.text, True), await engine.tokenise(tail.text, True)
+        listing, ask = await engine.tokenise(listing_text), await engine.tokenise("\nExpert:")
+        names = sorted({(await engine.tokenise(" " + line.split(":")[0]))[0] for line in descriptions(nodes)})
+        allowed = [vocabulary.first_id + t for t in vocabulary.nodes.values()]
+        ids = [(await engine.tokenise(q))[:256] for q in queries]
+        times: dict[str, list[float]] = {"prefill": [], "functional": [], "listing_cold": [], "listing_cached": []}
+        async with await engine.session() as session:
+            for i, query in enumerate(ids):
+                flush = [3 + i % 40]  # another first token: nothing of the last prompt can be used again
+                for name in (("prefill", "functional") if i % 2 else ("functional", "prefill")):
+                    await timed(session, flush * 3, None)
+                    times[name].append(await timed(session, query, None) if name == "prefill" else await timed(session, before + query + after, allowed))
+            for i, query in enumerate(ids[:cold]):
+                await timed(session, [3 + i % 40] * 3, None)
+                times["listing_cold"].append(await timed(session, listing + query + ask, names))
+            for query in ids[cold:cold + 10]:
+                times["listing_cached"].append(await timed(session, listing + query + ask, names))
+    finally:
+        await engine.close()
+    out = {f"{name}_ms": round(statistics.median(values), 2) for name, values in times.items()}
+    out |= {"nodes": nodes, "queries": len(queries), "query_tokens_median": statistics.median(map(len, ids)), "listing_tokens": len(listing),
+            "functional_over_prefill": round(statistics.median(times["functional"]) / statistics.median(times["prefill"]), 3),
+            "listing_cold_over_functional": round(statistics.median(times["listing_cold"]) / statistics.median(times["functional"]), 1),
+            "listing_cached_over_functional": round(statistics.median(times["listing_cached"]) / statistics.median(times["functional"]), 2)}
+    return out
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[17, 100, 1000])
+    parser.add_argument("--queries", type=int, default=60)
+    parser.add_argument("--data", type=Path, default=Path("data/mmlu_dev.jsonl"), help="where the queries come from")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    using = settings.read()
+    base = assets.fetch(assets.CATALOGUE[BASE], using.cache)
+    rows = examples.load([options.data])
+    queries = [rows[i * len(rows) // options.queries].query for i in range(options.queries)]
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for nodes in options.nodes:
+            path = build(base, nodes, Path(folder))
+            results.append(await measure(path, nodes, queries, using.threads, cold=10 if nodes <= 100 else 2))
+            print(json.dumps(results[-1]), flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"threads": using.threads, "base": BASE, "results": results}, indent=2) + "\n")
+
+
+asyncio.run(main())
