@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -289,11 +288,6 @@ def vocabulary_of(path: Path) -> Vocabulary:
 
 
 def ready(bundle: Bundle, base: Path, cache: Path, progress: Progress | None = None) -> Path:
-    """The merged GGUF of a bundle, made on first use. Older merges of the same bundle name are removed."""
+    """The merged GGUF of a bundle, made on first use."""
     target = merged_path(bundle, cache)
-    if not target.is_file():
-        merge(bundle, base, target, progress, IN_CACHE)
-        for old in target.parent.glob(f"{bundle.name}-{'?' * 16}.gguf"):
-            if old != target and os.path.getmtime(old) < os.path.getmtime(target):
-                old.unlink(missing_ok=True)
-    return target
+    return target if target.is_file() else merge(bundle, base, target, progress)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from lmgraph import prompts, rewrite, tokens
-from lmgraph.engine import Engine
+from lmgraph.engine import Engine, Session
 from lmgraph.errors import NoDecision, QueryError, VocabularyMismatch
 from lmgraph.graph import END, START, Graph
 from lmgraph.tokens import Vocabulary
@@ -99,7 +99,7 @@ class Master:
         setting = self.graph.nodes[node].rewrite
         return not shortened and (setting == "always" or setting == "auto" and query_tokens <= REWRITE_LIMIT)
 
-    async def _rewrite(self, session: object, query: str, prompt: list[int], token: int, query_tokens: int) -> tuple[str, str, int]:
+    async def _rewrite(self, session: Session, query: str, prompt: list[int], token: int, query_tokens: int) -> tuple[str, str, int]:
         """(request for the worker, why it is the original or '', tokens written)."""
         vocabulary = self.vocabulary
         functional = [vocabulary.first_id + i for i in range(vocabulary.size)]
@@ -107,7 +107,7 @@ class Master:
         parser.feed(vocabulary.first_id + token)
         ids = [*prompt, vocabulary.first_id + token]
         text, stopped = "", False
-        stream = session.generate(ids, 2 * query_tokens + 48, want_ids=True, forbidden=functional)  # type: ignore[attr-defined]
+        stream = session.generate(ids, 2 * query_tokens + 48, want_ids=True, forbidden=functional)
         try:
             async for piece in stream:
                 text += piece.text

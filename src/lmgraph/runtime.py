@@ -19,6 +19,7 @@ from lmgraph.errors import AssetError, GraphError, QueryError, UserError, Worker
 from lmgraph.graph import Graph, Node
 from lmgraph.master import Master
 from lmgraph.settings import Settings
+from lmgraph.tokens import Vocabulary
 from lmgraph.types import Answer, Ask, Decision, Delta, Message, Step, Trace
 from lmgraph.workers.base import Worker
 from lmgraph.workers.embedded import EmbeddedWorker, SharedEngine
@@ -96,17 +97,19 @@ def base_of(vocabulary_base: str) -> assets.Asset:
     raise AssetError(f"No base weights with sha256 {vocabulary_base[:16]}... in the catalogue.", "Use a bundle trained on a catalogue model, or a merged GGUF.")
 
 
-def master_file(name: str, cache: Path, beside: Path | None, watcher: Watcher) -> Path:
-    """The GGUF of a master: a .gguf file as it is, or a bundle merged into its base on first use."""
+def master_file(name: str, cache: Path, beside: Path | None, watcher: Watcher) -> tuple[Path, Vocabulary]:
+    """(GGUF, vocabulary) of a master: a .gguf file as it is, or a bundle merged into its base on first use."""
     if name.endswith(".gguf"):
-        return model_file(name, cache, beside, watcher)
+        path = model_file(name, cache, beside, watcher)
+        return path, bundles.vocabulary_of(path)
     bundle = bundles.read(name, beside)
     target = bundles.merged_path(bundle, cache)
     if target.is_file():
-        return target
+        return target, bundle.vocabulary
     asset = base_of(bundle.vocabulary.base)
     base = model_file(asset.name, cache, beside, watcher)
-    return bundles.ready(bundle, base, cache, lambda done, total: watcher.progress(f"merging master {bundle.name}", done, total))
+    path = bundles.ready(bundle, base, cache, lambda done, total: watcher.progress(f"merging master {bundle.name}", done, total))
+    return path, bundle.vocabulary
 
 
 class Runtime:
@@ -152,8 +155,7 @@ class Runtime:
         async with self._master_lock:
             if self._master is None:
                 async with self._files_lock:
-                    path = await asyncio.to_thread(master_file, self.graph.master.bundle, self.settings.cache, self._folder, self._watcher)
-                vocabulary = bundles.vocabulary_of(path)
+                    path, vocabulary = await asyncio.to_thread(master_file, self.graph.master.bundle, self.settings.cache, self._folder, self._watcher)
                 engine = await Engine.open(path, context=MASTER_CONTEXT, slots=slots, threads=self.settings.threads)
                 try:
                     self._master = Master(engine, vocabulary, self.graph)

@@ -155,7 +155,7 @@ async def fit_node(path: Path, node: str, token: int, examples: Path, out: Path 
     beside = folder or Path()
     target = out or beside / "bundles" / f"{path.stem}-{node}"
     with Bars() as bars:
-        merged = await asyncio.to_thread(master_file, given.master.bundle, using.cache, folder, bars)
+        merged, _ = await asyncio.to_thread(master_file, given.master.bundle, using.cache, folder, bars)
         made = await heads.add_node(bundle, merged, node, token, queries, target, QUERY_LIMIT, using.threads, lambda a, b: bars.progress("reading examples", a, b))
         row = bundles.read_tensors(made.weights)["output_rows"][token]
         bundles.patch(merged, bundles.merged_path(made, using.cache), {token: row}, made.vocabulary, made.name)

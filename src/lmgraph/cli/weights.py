@@ -39,7 +39,7 @@ def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify:
             found = runtime.model_file(name, using.cache, folder, bars)
             console.print(f"{name}: {found} ({asset.size / 1e6:,.0f} MB, {asset.licence})", markup=False, soft_wrap=True)
         if not names:
-            master = runtime.master_file(given.master.bundle, using.cache, folder, bars)
+            master, _ = runtime.master_file(given.master.bundle, using.cache, folder, bars)
             console.print(f"master {given.master.bundle}: {master}", markup=False, soft_wrap=True)
 
 
