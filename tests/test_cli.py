@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 import pytest
-from conftest import WORDS, toy_graph, toy_queries
 
+from conftest import WORDS, toy_graph, toy_queries
 from lmgraph import __version__, bundles, cli, graph
 
 HEAVY = {"numpy", "torch", "xllamacpp", "httpx", "transformers", "gguf", "matplotlib", "rich"}
@@ -47,6 +47,9 @@ class Result:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
+Command = Callable[..., Result]
+
+
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -56,7 +59,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def lmgraph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def lmgraph(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run a command in this process."""
 
     def run(*arguments: str, stdin: str | bytes = "") -> Result:
@@ -113,14 +116,14 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 # ---------------------------------------------------------------- ask
 
 
-def test_an_answer_goes_to_stdout_and_the_decision_to_stderr(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_an_answer_goes_to_stdout_and_the_decision_to_stderr(lmgraph: Command, toy_graph_file: Path) -> None:
     found = lmgraph("ask", "court", "contract", "statute")
     assert found.code == 0
     assert found.out == "answer to court contract statute\n"
     assert "<fn_" in found.err and any(name in found.err for name in WORDS) and "original query kept" in found.err
 
 
-def test_ask_json_is_one_object_with_answer_finish_and_trace(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_ask_json_is_one_object_with_answer_finish_and_trace(lmgraph: Command, toy_graph_file: Path) -> None:
     data = lmgraph("ask", "--json", "court contract statute").data
     assert list(data) == ["answer", "finish", "trace"]
     assert data["answer"] == "answer to court contract statute" and data["finish"] == "stop"
@@ -129,11 +132,11 @@ def test_ask_json_is_one_object_with_answer_finish_and_trace(lmgraph: Callable[.
     assert step["error"] == "" and step["usage"] == {"prompt_tokens": 3, "completion_tokens": 5}
 
 
-def test_ask_reads_the_question_from_stdin(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_ask_reads_the_question_from_stdin(lmgraph: Command, toy_graph_file: Path) -> None:
     assert lmgraph("ask", "--node", "law", "-", stdin="first line\nsecond: ça va?").out == "answer to first line\nsecond: ça va?\n"
 
 
-def test_a_pinned_node_needs_no_master(lmgraph: Callable[..., Result]) -> None:
+def test_a_pinned_node_needs_no_master(lmgraph: Command) -> None:
     write("graph.yaml", toy_graph(Path("no-such-master.gguf")))
     found = lmgraph("ask", "--node", "math", "--json", "sum")
     assert found.data["answer"] == "answer to sum" and found.data["trace"]["decision"] is None and found.err == ""
@@ -141,37 +144,38 @@ def test_a_pinned_node_needs_no_master(lmgraph: Callable[..., Result]) -> None:
     assert found.code == 1 and "no-such-master.gguf" in found.err and found.out == ""
 
 
-def test_an_unknown_node_is_refused_and_the_valid_ones_are_named(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_an_unknown_node_is_refused_and_the_valid_ones_are_named(lmgraph: Command, toy_graph_file: Path) -> None:
     found = lmgraph("ask", "--node", "chef", "sum")
     assert found.code == 2 and "no node 'chef'" in found.err and "math, law, health" in found.err
 
 
 @pytest.mark.parametrize("arguments", [("ask", ""), ("ask", " \t"), ("ask", "-"), ("route", " ")])
-def test_an_empty_query_is_refused(lmgraph: Callable[..., Result], toy_graph_file: Path, arguments: tuple[str, ...]) -> None:
+def test_an_empty_query_is_refused(lmgraph: Command, toy_graph_file: Path, arguments: tuple[str, ...]) -> None:
     found = lmgraph(*arguments, stdin="\n")
     assert found.code == 2 and "The query is empty." in found.err and found.out == ""
 
 
 @pytest.mark.parametrize("arguments", [("ask", "\udcff court"), ("route", "\udcff court")])
-def test_bytes_that_are_no_characters_are_refused(lmgraph: Callable[..., Result], toy_graph_file: Path, arguments: tuple[str, ...]) -> None:
+def test_bytes_that_are_no_characters_are_refused(lmgraph: Command, toy_graph_file: Path, arguments: tuple[str, ...]) -> None:
     found = lmgraph(*arguments)
     assert found.code == 2 and "not text in UTF-8" in found.err
 
 
 @pytest.mark.parametrize("command", ["ask", "route"])
-def test_a_stdin_that_is_no_text_is_refused(lmgraph: Callable[..., Result], toy_graph_file: Path, command: str) -> None:
+def test_a_stdin_that_is_no_text_is_refused(lmgraph: Command, toy_graph_file: Path, command: str) -> None:
     found = lmgraph(command, "-", stdin=b"{\"query\": \"caf\xe9\"}")
     assert found.code == 2 and "stdin is not text in utf-8" in found.err and "byte 14" in found.err
 
 
-def test_an_answer_cut_at_max_tokens_says_so_and_trace_shows_the_steps(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_an_answer_cut_at_max_tokens_says_so_and_trace_shows_the_steps(lmgraph: Command, toy_graph_file: Path) -> None:
     found = lmgraph("ask", "--node", "law", "--max-tokens", "2", "--trace", "a b c d")
     assert found.out == "answer to\n" and "cut at --max-tokens" in found.err and "law: first piece" in found.err
 
 
-def test_the_fallback_answers_where_a_worker_fails_and_it_is_said(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_the_fallback_answers_where_a_worker_fails_and_it_is_said(lmgraph: Command, toy_graph_file: Path) -> None:
     text = toy_graph_file.read_text().replace("law: {token: 1, description: about law, worker: " + SCRIPTED,
-                                              "law: {token: 1, description: x, fallback: math, worker: {kind: scripted, retries: 0, answers: {'*': '! no judge'}}")
+                                              "law: {token: 1, description: x, fallback: math, "
+                                              "worker: {kind: scripted, retries: 0, answers: {'*': '! no judge'}}")
     toy_graph_file.write_text(text)
     found = lmgraph("ask", "--node", "law", "sue")
     assert found.code == 0 and found.out == "answer to sue\n" and "law failed: no judge" in found.err
@@ -183,13 +187,13 @@ def test_the_fallback_answers_where_a_worker_fails_and_it_is_said(lmgraph: Calla
 # ---------------------------------------------------------------- route
 
 
-def test_route_shows_one_decision(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_route_shows_one_decision(lmgraph: Command, toy_graph_file: Path) -> None:
     found = lmgraph("route", "why court court why")
     assert found.code == 0 and found.out.startswith("<fn_") and "why court court why" in found.out and "a second" not in found.err
     assert lmgraph("route", "--json", "--no-rewrite", "why court court why").data["query"] == "why court court why"
 
 
-def test_route_writes_a_line_for_each_query_of_a_file(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_route_writes_a_line_for_each_query_of_a_file(lmgraph: Command, toy_graph_file: Path) -> None:
     queries = [q for q, _ in toy_queries(3)]
     write("q.jsonl", jsonl(*({"query": q} for q in queries)))
     found = lmgraph("route", "--no-rewrite", "q.jsonl")
@@ -197,7 +201,7 @@ def test_route_writes_a_line_for_each_query_of_a_file(lmgraph: Callable[..., Res
     assert [c[2] for c in cells] == queries and all(c[0] in WORDS and 0 <= float(c[1]) <= 1 for c in cells)
 
 
-def test_route_json_keeps_the_order_of_the_input_and_only_stderr_tells_the_throughput(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_route_json_keeps_the_order_of_the_input_and_only_stderr_tells_the_throughput(lmgraph: Command, toy_graph_file: Path) -> None:
     queries = [q for q, _ in toy_queries(6)] + ["line\nbreak", "U+2028 \u2028 inside"]
     text = "\n".join(json.dumps({"query": q, "id": i, "other": 1}, ensure_ascii=False) for i, q in enumerate(queries)) + "\n\n"
     found = lmgraph("route", "-", "--json", "--no-rewrite", stdin=text)
@@ -210,7 +214,7 @@ def test_route_json_keeps_the_order_of_the_input_and_only_stderr_tells_the_throu
     assert f"{len(queries)} queries in" in found.err and "a second" in found.err and "a second" not in found.out
 
 
-def test_every_bad_line_is_named_before_any_work_starts(lmgraph: Callable[..., Result]) -> None:
+def test_every_bad_line_is_named_before_any_work_starts(lmgraph: Command) -> None:
     write("graph.yaml", toy_graph(Path("no-such-master.gguf")))
     bad = ["not json", "[]", "{}", '{"query": 3}', '{"query": " "}', '{"query": "\\ud800"}', '{"query": "' + "[" * 3 + '"', "[" * 200_000]
     found = lmgraph("route", "-", "--json", stdin="\n".join(['{"query": "fine"}', *bad, ""]))
@@ -220,14 +224,16 @@ def test_every_bad_line_is_named_before_any_work_starts(lmgraph: Callable[..., R
     assert '{"query": "..."}' in found.err
 
 
-def test_only_the_first_ten_bad_lines_are_spelt_out(lmgraph: Callable[..., Result]) -> None:
+def test_only_the_first_ten_bad_lines_are_spelt_out(lmgraph: Command) -> None:
     write("q.jsonl", "x\n" * 12)
     found = lmgraph("route", "q.jsonl")
-    assert found.code == 2 and "12 of 12 lines" in found.err and "q.jsonl:10:" in found.err and "q.jsonl:11:" not in found.err and "and 2 more" in found.err
+    assert found.code == 2 and "12 of 12 lines" in found.err and "and 2 more" in found.err
+    assert "q.jsonl:10:" in found.err and "q.jsonl:11:" not in found.err
 
 
-@pytest.mark.parametrize(("content", "complaint"), [(b"", "holds no queries"), (b"\n \n", "holds no queries"), (b"\xff", "cannot be read"), (None, "cannot be read")])
-def test_a_file_without_queries_is_refused(lmgraph: Callable[..., Result], content: bytes | None, complaint: str) -> None:
+@pytest.mark.parametrize(("content", "complaint"), [
+    (b"", "holds no queries"), (b"\n \n", "holds no queries"), (b"\xff", "cannot be read"), (None, "cannot be read")])
+def test_a_file_without_queries_is_refused(lmgraph: Command, content: bytes | None, complaint: str) -> None:
     if content is not None:
         Path("q.jsonl").write_bytes(content)
     found = lmgraph("route", "q.jsonl")
@@ -248,10 +254,11 @@ def test_results_on_their_way_to_a_file_do_not_land_on_the_terminal(toy_graph_fi
 # ---------------------------------------------------------------- chat
 
 
-def test_a_chat_takes_the_conversation_along_and_new_starts_over(lmgraph: Callable[..., Result], toy_master: Path,
+def test_a_chat_takes_the_conversation_along_and_new_starts_over(lmgraph: Command, toy_master: Path,
                                                                  server: tuple[str, list[dict[str, Any]]]) -> None:
     url, asked = server
-    write("graph.yaml", toy_graph(toy_master, f"{{kind: openai, urls: ['{url}'], model: stub}}").replace("description:", "rewrite: never, description:"))
+    text = toy_graph(toy_master, f"{{kind: openai, urls: ['{url}'], model: stub}}")
+    write("graph.yaml", text.replace("description:", "rewrite: never, description:"))
     found = lmgraph("chat", stdin="court?\n\n  and a contract?  \n/new\nfever?\n/exit\nnever sent\n")
     assert found.code == 0
     assert [[(m["role"], m["content"]) for m in body["messages"]] for body in asked] == [
@@ -261,7 +268,7 @@ def test_a_chat_takes_the_conversation_along_and_new_starts_over(lmgraph: Callab
     assert "answer 2\n" in found.out and found.err.count("<fn_") == 3
 
 
-def test_a_failing_turn_does_not_end_a_chat_and_the_end_of_stdin_does(lmgraph: Callable[..., Result], toy_master: Path) -> None:
+def test_a_failing_turn_does_not_end_a_chat_and_the_end_of_stdin_does(lmgraph: Command, toy_master: Path) -> None:
     write("graph.yaml", toy_graph(toy_master, "{kind: scripted, retries: 0, answers: {boom: '! broken', '*': 'fine'}}"))
     found = lmgraph("chat", "--node", "law", stdin=b"\xff\xfe\n")
     assert found.code == 0 and "The line is not text in utf-8" in found.err
@@ -279,8 +286,8 @@ def test_ctrl_c_ends_a_chat_that_waits_for_a_line(toy_graph_file: Path) -> None:
     assert "Interrupted." in err and "Traceback" not in out + err
 
 
-@pytest.mark.parametrize("arguments", [("route", "-", "--json", "--no-rewrite"), ("route", "-", "--no-rewrite"), ("graph", "schema"), ("graph", "show"),
-                                       ("graph", "show", "--json")])
+@pytest.mark.parametrize("arguments", [("route", "-", "--json", "--no-rewrite"), ("route", "-", "--no-rewrite"),
+                                       ("graph", "schema"), ("graph", "show"), ("graph", "show", "--json")])
 def test_a_reader_that_went_away_is_no_reason_for_a_traceback(toy_graph_file: Path, arguments: tuple[str, ...]) -> None:
     with process(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout and running.stdin and running.stderr
@@ -305,14 +312,14 @@ def commands(command: click.Command = cli.lmgraph, path: tuple[str, ...] = ()) -
 
 
 @pytest.mark.parametrize("path", list(commands()), ids=" ".join)
-def test_every_command_has_help(lmgraph: Callable[..., Result], path: tuple[str, ...]) -> None:
+def test_every_command_has_help(lmgraph: Command, path: tuple[str, ...]) -> None:
     long, short = lmgraph(*path, "--help"), lmgraph(*path, "-h")
     assert long == short and long.code == 0 and long.err == ""
     first, _, rest = long.out.partition("\n")
     assert first.startswith(" ".join(["Usage: lmgraph", *path])) and len(rest.strip()) > 40
 
 
-def test_the_table_of_commands_says_what_the_commands_say(lmgraph: Callable[..., Result]) -> None:
+def test_the_table_of_commands_says_what_the_commands_say(lmgraph: Command) -> None:
     out = lmgraph("--help").out
     assert all(f"  {name} " in out for name in cli.COMMANDS)
     for name in cli.COMMANDS:
@@ -336,22 +343,24 @@ def test_python_m_lmgraph_is_lmgraph() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
-    (("nonsense",), "No such command 'nonsense'"), (("graph", "nonsense"), "No such command 'nonsense'"), (("--nonsense",), "No such option"),
-    (("ask", "--nonsense", "x"), "No such option"), (("ask",), "Missing argument 'QUERY"), (("ask", "--max-tokens", "0", "x"), "--max-tokens"),
-    (("ask", "--temperature", "3", "x"), "--temperature"), (("ask", "--profile", "huge", "x"), "'huge' is not one of"), (("route",), "Missing argument"),
+    (("nonsense",), "No such command 'nonsense'"), (("graph", "nonsense"), "No such command 'nonsense'"),
+    (("--nonsense",), "No such option"), (("ask", "--nonsense", "x"), "No such option"), (("ask",), "Missing argument 'QUERY"),
+    (("ask", "--max-tokens", "0", "x"), "--max-tokens"), (("ask", "--temperature", "3", "x"), "--temperature"),
+    (("ask", "--profile", "huge", "x"), "'huge' is not one of"), (("route",), "Missing argument"),
     (("completion", "cmd"), "'cmd' is not one of"), (("evaluate", "routes"), "Missing argument"), (("graph", "add", "x"), "--description"),
     (("graph", "connect", "a"), "TARGETS"), (("train", "heads", "--tokens", "0"), "--tokens"), (("train", "export", "x"), "TARGET"),
 ])
-def test_wrong_usage_is_said_and_exits_with_2(lmgraph: Callable[..., Result], arguments: tuple[str, ...], complaint: str) -> None:
+def test_wrong_usage_is_said_and_exits_with_2(lmgraph: Command, arguments: tuple[str, ...], complaint: str) -> None:
     found = lmgraph(*arguments)
     assert found.code == 2 and complaint in found.err and found.out == "" and "Usage: lmgraph" in found.err
 
 
 @pytest.mark.parametrize(("name", "value", "complaint"), [
     ("LMGRAPH_CASHE", "x", "Did you mean LMGRAPH_CACHE?"), ("LMGRAPH_X", "1", "Unknown environment variable LMGRAPH_X"),
-    ("LMGRAPH_PROFILE", "huge", "standard, tiny"), ("LMGRAPH_THREADS", "0", "from 1 to 1024"), ("LMGRAPH_GRAPH", "none.yaml", "none.yaml cannot be read"),
+    ("LMGRAPH_PROFILE", "huge", "standard, tiny"), ("LMGRAPH_THREADS", "0", "from 1 to 1024"),
+    ("LMGRAPH_GRAPH", "none.yaml", "none.yaml cannot be read"),
 ])
-def test_a_variable_that_cannot_be_used_is_refused(lmgraph: Callable[..., Result], toy_graph_file: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_variable_that_cannot_be_used_is_refused(lmgraph: Command, toy_graph_file: Path, monkeypatch: pytest.MonkeyPatch,
                                                    name: str, value: str, complaint: str) -> None:
     monkeypatch.setenv(name, value)
     for arguments in (("route", "x"), ("graph", "check"), ("graph", "connect", "math", "end")):
@@ -360,12 +369,12 @@ def test_a_variable_that_cannot_be_used_is_refused(lmgraph: Callable[..., Result
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_completion_script_is_printed_for_each_shell(lmgraph: Callable[..., Result], shell: str) -> None:
+def test_a_completion_script_is_printed_for_each_shell(lmgraph: Command, shell: str) -> None:
     found = lmgraph("completion", shell)
     assert found.code == 0 and "_LMGRAPH_COMPLETE" in found.out and "lmgraph" in found.out
 
 
-def test_completion_offers_commands_and_their_options(lmgraph: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_offers_commands_and_their_options(lmgraph: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_LMGRAPH_COMPLETE", "bash_complete")
     for words, offered in (("lmgraph gr", {"graph"}), ("lmgraph graph dis", {"disconnect"}), ("lmgraph route --re", {"--rewrite"})):
         monkeypatch.setenv("COMP_WORDS", words)
@@ -407,7 +416,7 @@ def commented(toy_bundle: Path) -> Path:
     return write("graph.yaml", COMMENTED.replace("MASTER", str(toy_bundle)))
 
 
-def test_init_writes_the_built_in_graph_and_a_schema_and_overwrites_only_when_forced(lmgraph: Callable[..., Result]) -> None:
+def test_init_writes_the_built_in_graph_and_a_schema_and_overwrites_only_when_forced(lmgraph: Command) -> None:
     found = lmgraph("graph", "init", "mine/graph.yaml")
     assert found.code == 0 and "lmgraph graph show" in found.out
     text = Path("mine/graph.yaml").read_text()
@@ -419,30 +428,30 @@ def test_init_writes_the_built_in_graph_and_a_schema_and_overwrites_only_when_fo
     assert lmgraph("graph", "init", "--force", "mine/graph.yaml").code == 0 and Path("mine/graph.yaml").read_text() == text
 
 
-def test_a_place_that_cannot_be_written_is_an_error_with_its_name(lmgraph: Callable[..., Result], toy_graph_file: Path) -> None:
+def test_a_place_that_cannot_be_written_is_an_error_with_its_name(lmgraph: Command, toy_graph_file: Path) -> None:
     write("file", "")
     for arguments in (("graph", "init", "file/graph.yaml"), ("graph", "show", "--svg", "file/graph.svg")):
         found = lmgraph(*arguments)
         assert found.code == 1 and f"{arguments[-1]} cannot be written" in found.err
 
 
-def test_schema_is_the_schema(lmgraph: Callable[..., Result]) -> None:
+def test_schema_is_the_schema(lmgraph: Command) -> None:
     assert lmgraph("graph", "schema").data == graph.schema()
 
 
-def test_show_draws_nodes_tokens_workers_and_edges(lmgraph: Callable[..., Result], commented: Path) -> None:
+def test_show_draws_nodes_tokens_workers_and_edges(lmgraph: Command, commented: Path) -> None:
     out = lmgraph("graph", "show").out
     assert all(text in out for text in ("<fn_0> math", "<fn_2> health", "scripted", "about law", "then: law, end", "threshold 0"))
     assert lmgraph("graph", "show", "--json").data == graph.loads(commented.read_text()).to_dict()
 
 
-def test_without_a_graph_file_the_built_in_graph_is_shown(lmgraph: Callable[..., Result]) -> None:
+def test_without_a_graph_file_the_built_in_graph_is_shown(lmgraph: Command) -> None:
     assert len(lmgraph("graph", "show", "--json").data["nodes"]) == 17
 
 
-def test_the_picture_is_valid_svg_whatever_a_model_is_called(lmgraph: Callable[..., Result], commented: Path) -> None:
-    text = commented.read_text().replace("worker: {kind: scripted}   #", "worker: {kind: embedded, model: 'models/<a>-long-name&more.gguf'}   #")
-    commented.write_text(text)
+def test_the_picture_is_valid_svg_whatever_a_model_is_called(lmgraph: Command, commented: Path) -> None:
+    worker = "worker: {kind: embedded, model: 'models/<a>-long-name&more.gguf'}   #"
+    commented.write_text(commented.read_text().replace("worker: {kind: scripted}   #", worker))
     found = lmgraph("graph", "show", "--svg", "graph.svg")
     assert found.code == 0 and found.out == "Wrote graph.svg.\n"
     root = xml.parse("graph.svg").getroot()
@@ -451,25 +460,26 @@ def test_the_picture_is_valid_svg_whatever_a_model_is_called(lmgraph: Callable[.
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == 1 + 3 + 1, "the arrow's tip, three edges from start, math to law"
 
 
-def test_a_graph_that_fits_its_master_has_nothing_wrong(lmgraph: Callable[..., Result], commented: Path) -> None:
+def test_a_graph_that_fits_its_master_has_nothing_wrong(lmgraph: Command, commented: Path) -> None:
     assert lmgraph("graph", "check").out == "3 nodes, 5 edges: nothing wrong.\n"
     assert lmgraph("graph", "check", "--json").data == {"ok": True, "problems": [], "nodes": 3}
 
 
-def test_check_lists_every_problem_with_its_line(lmgraph: Callable[..., Result]) -> None:
-    write("graph.yaml", "version: 2\nmaster: {bundle: x, threshold: 7}\nnodes:\n  math: {token: -1, description: d, worker: {kind: magic}}\n"
+def test_check_lists_every_problem_with_its_line(lmgraph: Command) -> None:
+    write("graph.yaml", "version: 2\nmaster: {bundle: x, threshold: 7}\nnodes:\n"
+                        "  math: {token: -1, description: d, worker: {kind: magic}}\n"
                         "  law: {description: d, worker: {kind: scripted}}\nedges: {start: ['*']}\nextra: 1\n")
     found = lmgraph("graph", "check")
     assert found.code == 2 and found.out == "" and "graph.yaml has 6 problems" in found.err
-    for line in ("line 1: version", "line 2: master.threshold", "line 4: nodes.math.token", "line 4: nodes.math.worker.kind", "line 5: nodes.law: needs 'token'",
-                 "line 7: extra"):
+    for line in ("line 1: version", "line 2: master.threshold", "line 4: nodes.math.token", "line 4: nodes.math.worker.kind",
+                 "line 5: nodes.law: needs 'token'", "line 7: extra"):
         assert line in found.err
     found = lmgraph("graph", "check", "--json")
     assert found.code == 2 and found.data["ok"] is False and len(found.data["problems"]) == 6
 
 
 @pytest.mark.parametrize("kind", ["bundle", "merged"])
-def test_check_finds_a_node_that_the_master_never_learnt(lmgraph: Callable[..., Result], toy_bundle: Path, toy_master: Path, kind: str) -> None:
+def test_check_finds_a_node_that_the_master_never_learnt(lmgraph: Command, toy_bundle: Path, toy_master: Path, kind: str) -> None:
     text = toy_graph(toy_bundle if kind == "bundle" else toy_master)
     write("graph.yaml", text.replace("nodes:\n", "nodes:\n  chef: {token: 6, description: food, worker: {kind: scripted}}\n"))
     found = lmgraph("graph", "check")
@@ -478,28 +488,29 @@ def test_check_finds_a_node_that_the_master_never_learnt(lmgraph: Callable[..., 
     assert found.code == 1 and found.data["ok"] is False and "chef (token 6)" in found.data["problems"][0]
 
 
-def test_check_names_a_master_that_is_not_there(lmgraph: Callable[..., Result]) -> None:
+def test_check_names_a_master_that_is_not_there(lmgraph: Command) -> None:
     write("graph.yaml", toy_graph(Path("nowhere")))
     assert "'nowhere' not found" in lmgraph("graph", "check").err
     assert "'nowhere' not found" in lmgraph("graph", "check", "--json").data["problems"][0]
 
 
-def test_comments_survive_every_edit(lmgraph: Callable[..., Result], commented: Path) -> None:
+def test_comments_survive_every_edit(lmgraph: Command, commented: Path) -> None:
     before = [line.strip() for line in commented.read_text().splitlines() if line.strip().startswith("#")]
-    for arguments in (("add", "chef", "--description", "food: salt, and pepper"), ("connect", "math", "health", "chef"), ("disconnect", "math", "law"),
-                      ("disconnect", "start", "health"), ("connect", "start", "health"), ("remove", "law")):
+    for arguments in (("add", "chef", "--description", "food: salt, and pepper"), ("connect", "math", "health", "chef"),
+                      ("disconnect", "math", "law"), ("disconnect", "start", "health"), ("connect", "start", "health"), ("remove", "law")):
         found = lmgraph("graph", *arguments)
         assert found.code == 0, found.err
         text = commented.read_text()
-        assert [line.strip() for line in text.splitlines() if line.strip().startswith("#")] == before[:len(before)]
+        assert [line.strip() for line in text.splitlines() if line.strip().startswith("#")] == before
         assert "# the master" in text and "token: 0  # zero" in text
     made = graph.loads(commented.read_text())
-    assert list(made.nodes) == ["math", "health", "chef"] and made.nodes["chef"].token == 3 and made.nodes["chef"].description == "food: salt, and pepper"
+    assert list(made.nodes) == ["math", "health", "chef"]
+    assert made.nodes["chef"].token == 3 and made.nodes["chef"].description == "food: salt, and pepper"
     assert made.neighbours("math") == ("end", "health", "chef") and set(made.neighbours()) == {"math", "health", "chef"}
 
 
 @pytest.mark.parametrize("name", ["math", "health"])
-def test_a_removed_node_takes_no_comment_of_the_next_one_along(lmgraph: Callable[..., Result], commented: Path, name: str) -> None:
+def test_a_removed_node_takes_no_comment_of_the_next_one_along(lmgraph: Command, commented: Path, name: str) -> None:
     commented.write_text(commented.read_text().replace("worker: {kind: scripted}}\n\n#", "worker: {kind: scripted}} # last\n\n#"))
     assert lmgraph("graph", "remove", name).code == 0
     text = commented.read_text()
@@ -507,18 +518,21 @@ def test_a_removed_node_takes_no_comment_of_the_next_one_along(lmgraph: Callable
     assert name not in graph.loads(text).nodes
 
 
-def test_an_added_node_takes_a_free_token_or_the_one_it_was_trained_with(lmgraph: Callable[..., Result], commented: Path) -> None:
+def test_an_added_node_takes_a_free_token_or_the_one_it_was_trained_with(lmgraph: Command, commented: Path) -> None:
     lmgraph("graph", "remove", "law")
-    found = lmgraph("graph", "add", "chef", "--description", "food", "--url", "http://a/v1", "--url", "http://b/v1", "--key-env", "KEY", "--model", "m", "--system", "s")
-    assert found.code == 0 and "Added chef (token 3)" in found.out and "lmgraph train heads" in found.out, "token 1 belongs to law, which the master knows"
+    found = lmgraph("graph", "add", "chef", "--description", "food", "--url", "http://a/v1", "--url", "http://b/v1",
+                    "--key-env", "KEY", "--model", "m", "--system", "s")
+    assert found.code == 0 and "lmgraph train heads" in found.out
+    assert "Added chef (token 3)" in found.out, "token 1 belongs to law, which the master knows"
     lmgraph("graph", "add", "law", "--description", "back again")
     made = graph.loads(commented.read_text())
     assert made.nodes["law"].token == 1
     worker = made.nodes["chef"].worker
-    assert (worker.kind, worker.urls, worker.model, worker.key_env, worker.system) == ("openai", ("http://a/v1", "http://b/v1"), "m", "KEY", "s")
+    assert worker.kind == "openai" and worker.urls == ("http://a/v1", "http://b/v1")
+    assert (worker.model, worker.key_env, worker.system) == ("m", "KEY", "s")
 
 
-def test_an_edge_written_as_one_word_can_be_edited(lmgraph: Callable[..., Result], commented: Path) -> None:
+def test_an_edge_written_as_one_word_can_be_edited(lmgraph: Command, commented: Path) -> None:
     commented.write_text(commented.read_text().replace("start: ['*']", "start: '*'").replace("math: [law, end]", "math: law"))
     assert lmgraph("graph", "connect", "math", "end").code == 0
     assert lmgraph("graph", "disconnect", "math", "law").code == 0
@@ -540,14 +554,15 @@ def test_an_edge_written_as_one_word_can_be_edited(lmgraph: Callable[..., Result
     (("disconnect", "math", "health"), "There is no edge math -> health"),
     (("disconnect", "law", "end"), "Edges of law: none"),
 ])
-def test_an_edit_that_would_break_the_graph_changes_nothing(lmgraph: Callable[..., Result], commented: Path, arguments: tuple[str, ...], complaint: str) -> None:
+def test_an_edit_that_would_break_the_graph_changes_nothing(lmgraph: Command, commented: Path, arguments: tuple[str, ...],
+                                                            complaint: str) -> None:
     before = commented.read_text()
     found = lmgraph("graph", *arguments)
     assert found.code == 2 and complaint in found.err and found.out == ""
     assert commented.read_text() == before and [p.name for p in Path().iterdir()] == ["graph.yaml"]
 
 
-def test_edits_go_to_the_graph_that_the_environment_names(lmgraph: Callable[..., Result], commented: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_go_to_the_graph_that_the_environment_names(lmgraph: Command, commented: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = write("other.yaml", commented.read_text())
     monkeypatch.setenv("LMGRAPH_GRAPH", "other.yaml")
     before = commented.read_text()
@@ -558,7 +573,7 @@ def test_edits_go_to_the_graph_that_the_environment_names(lmgraph: Callable[...,
 
 
 @pytest.mark.parametrize("arguments", [("show",), ("check",), ("connect", "a", "b"), ("remove", "a"), ("add", "a", "--description", "d")])
-def test_a_graph_file_that_is_not_there_is_named_with_the_command_that_makes_one(lmgraph: Callable[..., Result], arguments: tuple[str, ...]) -> None:
+def test_a_graph_file_that_is_not_there_is_named_with_the_command_that_makes_one(lmgraph: Command, arguments: tuple[str, ...]) -> None:
     found = lmgraph("graph", *arguments, "--graph", "none.yaml")
     assert found.code == 2 and "none.yaml cannot be read" in found.err and "lmgraph graph init none.yaml" in found.err
 
@@ -566,34 +581,36 @@ def test_a_graph_file_that_is_not_there_is_named_with_the_command_that_makes_one
 # ---------------------------------------------------------------- weights
 
 
-def test_bundle_list_is_what_lies_in_the_package(lmgraph: Callable[..., Result]) -> None:
+def test_bundle_list_is_what_lies_in_the_package(lmgraph: Command) -> None:
     assert [row["name"] for row in lmgraph("bundle", "list", "--json").data] == bundles.builtin()
     assert len(lmgraph("bundle", "list").out.splitlines()) == len(bundles.builtin())
 
 
-def test_bundle_show_prints_the_card_the_nodes_and_the_digest(lmgraph: Callable[..., Result], toy_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_show_prints_the_card_the_nodes_and_the_digest(lmgraph: Command, toy_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(toy_bundle, tmp_path / "mine")
     write("mine/card.md", "# Card of mine\n\nMeasured: 12 %.\n")
     write("mine/metrics.json", '{"accuracy": 0.12}')
     found = lmgraph("bundle", "show", "mine")
-    assert found.code == 0 and all(text in found.out for text in ("Card of mine", "Measured: 12 %.", "<fn_1>     law", "spare functional tokens: 5"))
+    assert found.code == 0
+    assert all(text in found.out for text in ("Card of mine", "Measured: 12 %.", "<fn_1>     law", "spare functional tokens: 5"))
     bundle = bundles.read("mine")
     assert bundle.digest[:16] in found.out
     data = lmgraph("bundle", "show", "mine", "--json").data
-    assert data["metrics"] == {"accuracy": 0.12} and data["digest"] == bundle.digest and data["vocabulary"]["nodes"] == {n: i for i, n in enumerate(WORDS)}
+    assert data["metrics"] == {"accuracy": 0.12} and data["digest"] == bundle.digest
+    assert data["vocabulary"]["nodes"] == {n: i for i, n in enumerate(WORDS)}
 
 
-def test_an_unknown_bundle_is_an_error_with_a_hint(lmgraph: Callable[..., Result]) -> None:
+def test_an_unknown_bundle_is_an_error_with_a_hint(lmgraph: Command) -> None:
     found = lmgraph("bundle", "show", "nonsense")
     assert found.code == 1 and "'nonsense' not found" in found.err and "lmgraph train tune" in found.err
 
 
-def test_pull_of_an_unknown_name_lists_the_catalogue(lmgraph: Callable[..., Result]) -> None:
+def test_pull_of_an_unknown_name_lists_the_catalogue(lmgraph: Command) -> None:
     found = lmgraph("pull", "smollm2-135m", "nonsense", "other")
     assert found.code == 1 and "nonsense, other" in found.err and "qwen2.5-coder-1.5b" in found.err
 
 
-def test_pull_without_names_says_where_the_master_of_the_graph_lies(lmgraph: Callable[..., Result], toy_graph_file: Path, toy_master: Path) -> None:
+def test_pull_without_names_says_where_the_master_of_the_graph_lies(lmgraph: Command, toy_graph_file: Path, toy_master: Path) -> None:
     found = lmgraph("pull")
     assert found.code == 0 and f"master {toy_master}: {toy_master}" in found.err
 
@@ -607,7 +624,7 @@ def examples(toy_graph_file: Path) -> Path:
     return write("examples.jsonl", jsonl(*rows))
 
 
-def test_evaluate_routes_json_holds_n_and_accuracy(lmgraph: Callable[..., Result], examples: Path) -> None:
+def test_evaluate_routes_json_holds_n_and_accuracy(lmgraph: Command, examples: Path) -> None:
     data = lmgraph("evaluate", "routes", "examples.jsonl", "--json").data
     assert data["n"] == 12 and data["nodes"] == list(WORDS) and data["router"]["accuracy"] > 0.5
     assert data["by_style"]["exam"]["n"] == 6 and data["rewrites"]["attempted"] == 0
@@ -615,7 +632,7 @@ def test_evaluate_routes_json_holds_n_and_accuracy(lmgraph: Callable[..., Result
     assert data["n"] == 8 and list(data["by_style"]) == ["exam"]
 
 
-def test_evaluate_routes_writes_a_report_and_shows_a_table(lmgraph: Callable[..., Result], examples: Path) -> None:
+def test_evaluate_routes_writes_a_report_and_shows_a_table(lmgraph: Command, examples: Path) -> None:
     found = lmgraph("evaluate", "routes", "examples.jsonl", "--out", "report", "--concurrency", "2")
     assert found.code == 0 and "law" in found.out and "wrote report/report.md" in found.err.replace("\\", "/")
     assert {"report.json", "report.md"} <= {p.name for p in Path("report").iterdir()}
@@ -623,7 +640,7 @@ def test_evaluate_routes_writes_a_report_and_shows_a_table(lmgraph: Callable[...
     assert report["metrics"]["n"] == 12 and "examples.jsonl" in report["title"]
 
 
-def test_evaluate_measures_another_master_than_the_graphs(lmgraph: Callable[..., Result], examples: Path, toy_master: Path) -> None:
+def test_evaluate_measures_another_master_than_the_graphs(lmgraph: Command, examples: Path, toy_master: Path) -> None:
     write("graph.yaml", toy_graph(Path("no-such-master.gguf")))
     assert lmgraph("evaluate", "routes", "examples.jsonl", "--json").code == 1
     assert lmgraph("evaluate", "routes", "examples.jsonl", "--json", "--bundle", str(toy_master)).data["n"] == 12
@@ -632,7 +649,7 @@ def test_evaluate_measures_another_master_than_the_graphs(lmgraph: Callable[...,
 @pytest.mark.parametrize(("row", "arguments", "complaint"), [
     ({"query": "salt?", "node": "chef"}, (), "'chef'"), ({"query": "salt?"}, (), "examples.jsonl:13: needs"), ({}, (), "examples.jsonl:13"),
     ({"query": "salt?", "node": "law"}, ("--style", "nonsense"), "No examples are left")])
-def test_examples_that_cannot_be_used_are_refused(lmgraph: Callable[..., Result], examples: Path, row: dict[str, str], arguments: tuple[str, ...],
+def test_examples_that_cannot_be_used_are_refused(lmgraph: Command, examples: Path, row: dict[str, str], arguments: tuple[str, ...],
                                                   complaint: str) -> None:
     examples.write_text(examples.read_text() + json.dumps(row) + "\n")
     found = lmgraph("evaluate", "routes", "examples.jsonl", *arguments, "--json")

@@ -10,19 +10,17 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import WORDS, toy_graph, toy_queries
-from test_cli import Result, here, jsonl, lmgraph, write
 
+from conftest import WORDS, toy_graph, toy_queries
 from lmgraph import assets, bundles, graph
 from lmgraph.engine import Engine
 from lmgraph.train import examples as data
+from test_cli import Command, here, jsonl, lmgraph, write
 
 __all__ = ["here", "lmgraph"]  # fixtures
-Command = Callable[..., Result]
 
 
 @pytest.fixture
@@ -64,7 +62,8 @@ def chosen(lmgraph: Command, queries: list[str]) -> list[str]:
 # ---------------------------------------------------------------- one node more
 
 
-def test_a_node_added_with_examples_is_known_at_once_and_the_old_ones_lose_no_point(lmgraph: Command, mine: Path, chef: Path, toy_bundle: Path) -> None:
+def test_a_node_added_with_examples_is_known_at_once_and_the_old_ones_lose_no_point(lmgraph: Command, mine: Path, chef: Path,
+                                                                                    toy_bundle: Path) -> None:
     old = toy_queries()
     before = chosen(lmgraph, [q for q, _ in old])
     found = lmgraph("graph", "add", "chef", "--description", "food", "--examples", "chef.jsonl")
@@ -75,7 +74,8 @@ def test_a_node_added_with_examples_is_known_at_once_and_the_old_ones_lose_no_po
     assert text.startswith("# mine\n") and made.nodes["chef"].token == 3 and "chef" in made.neighbours()
     assert made.master.bundle.replace("\\", "/") == "bundles/graph-chef"
     bundle = bundles.read(made.master.bundle, mine.parent)
-    assert bundle.vocabulary.nodes == {**{n: i for i, n in enumerate(WORDS)}, "chef": 3} and bundle.digest != bundles.read(str(toy_bundle)).digest
+    assert bundle.vocabulary.nodes == {**{n: i for i, n in enumerate(WORDS)}, "chef": 3}
+    assert bundle.digest != bundles.read(str(toy_bundle)).digest
     assert lmgraph("graph", "check").code == 0
 
     learnt, others = chef_queries()
@@ -84,7 +84,8 @@ def test_a_node_added_with_examples_is_known_at_once_and_the_old_ones_lose_no_po
     assert right[1] >= right[0] - 0.01
     assert after[len(old):len(old) + 20].count("chef") >= 19 and after[-20:].count("chef") > 10
 
-    second = write("more.jsonl", jsonl(*({"query": q.replace("oven", "tyre").replace("flour", "brake").replace("butter", "clutch")} for q in learnt)))
+    about_cars = [q.replace("oven", "tyre").replace("flour", "brake").replace("butter", "clutch") for q in learnt]
+    second = write("more.jsonl", jsonl(*({"query": q} for q in about_cars)))
     found = lmgraph("graph", "add", "mechanic", "--description", "cars", "--examples", str(second))
     assert found.code == 0 and graph.loads(mine.read_text()).nodes["mechanic"].token == 4
     assert set(bundles.read(graph.loads(mine.read_text()).master.bundle, mine.parent).vocabulary.nodes) == {*WORDS, "chef", "mechanic"}
@@ -119,8 +120,8 @@ def test_heads_of_a_node_that_the_graph_has_points_the_graph_to_the_new_bundle(l
     ((), "", "holds no queries"),
     ((), b"\xff\xfe", "cannot be read"),
 ])
-def test_a_node_that_cannot_be_learnt_changes_nothing(lmgraph: Command, mine: Path, chef: Path, arguments: tuple[str, ...], content: str | bytes | None,
-                                                      complaint: str) -> None:
+def test_a_node_that_cannot_be_learnt_changes_nothing(lmgraph: Command, mine: Path, chef: Path, arguments: tuple[str, ...],
+                                                      content: str | bytes | None, complaint: str) -> None:
     if content is not None:
         chef.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = mine.read_text()
@@ -141,8 +142,9 @@ def test_rows_cannot_be_fitted_on_a_merged_master(lmgraph: Command, toy_graph_fi
 
 
 def test_heads_says_what_is_missing(lmgraph: Command, mine: Path, chef: Path) -> None:
-    for arguments, complaint in ((("--node", "chef", "--examples", "chef.jsonl"), "lmgraph graph add chef"), (("--node", "law"), "--node needs --examples"),
-                                 ((), "--data and --out"), (("--data", "chef.jsonl"), "--data and --out"),
+    for arguments, complaint in ((("--node", "chef", "--examples", "chef.jsonl"), "lmgraph graph add chef"),
+                                 (("--node", "law"), "--node needs --examples"), ((), "--data and --out"),
+                                 (("--data", "chef.jsonl"), "--data and --out"),
                                  (("--node", "law", "--examples", "chef.jsonl"), "token 1 is taken")):
         found = lmgraph("train", "heads", *arguments)
         assert found.code == 2 and complaint in found.err
@@ -160,15 +162,18 @@ def labelled() -> Path:
 
 
 @pytest.mark.parametrize("by", ["file", "name"])
-def test_all_rows_of_a_graph_are_fitted_on_an_untouched_base(lmgraph: Command, in_catalogue: assets.Asset, toy_base: Path, labelled: Path, by: str) -> None:
+def test_all_rows_of_a_graph_are_fitted_on_an_untouched_base(lmgraph: Command, in_catalogue: assets.Asset, toy_base: Path,
+                                                             labelled: Path, by: str) -> None:
     write("graph.yaml", toy_graph(Path("rows")))
-    found = lmgraph("train", "heads", "--data", "examples.jsonl", "--out", "rows", "--base", str(toy_base) if by == "file" else "toy", "--tokens", "6")
+    found = lmgraph("train", "heads", "--data", "examples.jsonl", "--out", "rows", "--tokens", "6",
+                    "--base", str(toy_base) if by == "file" else "toy")
     assert found.code == 0, found.err
     metrics = found.data
     assert metrics == json.loads(Path("rows/metrics.json").read_text())
     assert metrics["examples"] + metrics["kept"]["n"] == 144 and metrics["kept"]["n"] >= 5
     bundle = bundles.read("rows")
-    assert bundle.vocabulary.size == 6 and bundle.vocabulary.temperature == metrics["temperature"] and bundle.vocabulary.base == in_catalogue.sha256
+    assert bundle.vocabulary.size == 6 and bundle.vocabulary.temperature == metrics["temperature"]
+    assert bundle.vocabulary.base == in_catalogue.sha256
     assert lmgraph("graph", "check").code == 0
     rows = [json.loads(line) for line in labelled.read_text().splitlines()]
     right = sum(a == b["node"] for a, b in zip(chosen(lmgraph, [r["query"] for r in rows]), rows))
@@ -199,7 +204,8 @@ def test_a_base_that_is_neither_in_the_catalogue_nor_a_file_is_named(lmgraph: Co
 # ---------------------------------------------------------------- export, pull
 
 
-def test_export_writes_one_gguf_that_is_a_master_and_overwrites_only_when_forced(lmgraph: Command, in_catalogue: assets.Asset, toy_bundle: Path) -> None:
+def test_export_writes_one_gguf_that_is_a_master_and_overwrites_only_when_forced(lmgraph: Command, in_catalogue: assets.Asset,
+                                                                                toy_bundle: Path) -> None:
     found = lmgraph("train", "export", str(toy_bundle), "out/master.gguf")
     assert found.code == 0 and "Wrote out" in found.out, found.err
     path = Path("out/master.gguf")

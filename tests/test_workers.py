@@ -42,7 +42,7 @@ def text_of(deltas: Sequence[Delta]) -> str:
 def ask(*urls: str, messages: Sequence[Message] = HELLO, **options: Any) -> list[Delta]:
     """One answer of an OpenAIWorker."""
     async def work() -> list[Delta]:
-        worker = OpenAIWorker(urls, "m", **{"timeout_s": 20, **options})
+        worker = OpenAIWorker(urls, "m", **{"timeout_s": 60, **options})
         try:
             return await all_of(worker, messages)
         finally:
@@ -362,7 +362,7 @@ def test_a_replica_that_never_takes_the_call_is_passed_over(serve: Callable[...,
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(deaf.getsockname())
-        assert text_of(ask(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", good.url, timeout_s=0.5)) == "good morning"
+        assert text_of(ask(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", good.url, timeout_s=1)) == "good morning"
 
 
 def test_when_every_replica_fails_the_last_error_is_raised(serve: Callable[..., Site], refused: str) -> None:

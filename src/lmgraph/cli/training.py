@@ -37,13 +37,17 @@ def train() -> None:
 @TOKENS
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True)
 @click.option("--learning-rate", type=float, default=5e-4, show_default=True)
+@click.option("--rows-learning-rate", type=float, default=3e-3, show_default=True)
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="rank of the LoRA")
 @click.option("--batch-tokens", type=click.IntRange(64), default=1536, show_default=True)
 @click.option("--rewrite-weight", type=click.FloatRange(0), default=0.5, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--start", type=click.Path(path_type=Path, exists=True, file_okay=False), help="bundle to go on from, instead of the bare base")
+@click.option("--replay", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="share of the first --data files to use (all but the last file)")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="0: what torch chooses")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, exists=True), help="recipe.json of another run; options given here win")
-def tune(files: tuple[Path, ...], checks: tuple[Path, ...], out: Path, base: str, path: Path | None, size: int, recipe_file: Path | None, **options: Any) -> None:
+def tune(files: tuple[Path, ...], checks: tuple[Path, ...], out: Path, base: str, path: Path | None, size: int, recipe_file: Path | None,
+         start: Path | None, replay: float, **options: Any) -> None:
     """LoRA on the trunk and rows for the functional tokens of a graph. Goes on from the last checkpoint in --out.
 
     Leaves weights, vocabulary, recipe, log, plot, metrics and card in --out: a bundle that graph.yaml can name.
@@ -55,6 +59,9 @@ def tune(files: tuple[Path, ...], checks: tuple[Path, ...], out: Path, base: str
     using = settings()
     given, vocabulary, base_file = _ground(path, base, size)
     training, kept = data.split(data.load(files))
+    if replay < 1:
+        fresh = {e.query for e in data.load(files[-1:])}
+        training = [e for e in training if e.query in fresh or data.held_out(e, 10 + round(90 * replay))]
     validation = {"kept": kept, **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
     try:
         from lmgraph.train import tune as tuning
@@ -68,7 +75,7 @@ def tune(files: tuple[Path, ...], checks: tuple[Path, ...], out: Path, base: str
                      if not recipe_file or click.get_current_context().get_parameter_source(k) == click.core.ParameterSource.COMMANDLINE}
     recipe = replace(recipe, **given_options)
     click.echo(f"{len(training)} examples, {len(kept)} kept aside, {len(given.nodes)} nodes, base {base_file.name}", err=True)
-    metrics = tuning.main(base_file, training, validation, vocabulary, recipe, out, log=lambda line: click.echo(line, err=True))
+    metrics = tuning.main(base_file, training, validation, vocabulary, recipe, out, log=lambda line: click.echo(line, err=True), start=start)
     with Bars() as bars:
         calibration = asyncio.run(heads.finish(out, base_file, out / "merged.gguf", training, kept, recipe.query_limit, using.threads, bars.progress))
     (out / "merged.gguf").unlink()

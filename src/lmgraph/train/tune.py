@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from lmgraph.bundles import read_tensors, write_tensors, write_vocabulary
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
@@ -174,8 +175,8 @@ def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabu
     return {"accuracy": right / len(encoded), "loss": loss / len(encoded), "n": float(len(encoded))}
 
 
-def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe) -> tuple[Master, data.Encode]:
-    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name."""
+def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None) -> tuple[Master, data.Encode]:
+    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or all at `start`."""
     from peft import LoraConfig, get_peft_model
 
     if recipe.threads:
@@ -189,7 +190,31 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe) -> tuple[Master, d
         for node, token in vocabulary.nodes.items():
             name = encode_text(" " + node.replace("_", " "), False)
             master.output_rows[token] = embeddings[name].mean(0)
+        if start is not None:
+            _start_from(master, read_tensors(start / "weights.safetensors"), recipe)
     return master, encode_text
+
+
+def _start_from(master: Master, tensors: dict[str, np.ndarray], recipe: Recipe) -> None:
+    """Copy a bundle's tensors into a master of the same shape (the reverse of `save`)."""
+    for name, parameter in trained(master).items():
+        key, scale = _bundle_name(name), 1.0
+        if key.endswith(".lora_b"):
+            scale = recipe.rank / recipe.alpha
+        if key not in tensors or tensors[key].shape != tuple(parameter.shape):
+            found = tensors[key].shape if key in tensors else "nothing"
+            raise DataError(f"The bundle to start from does not fit: {key} is {found}, expected {tuple(parameter.shape)}.",
+                            "Use its rank (recipe.json) and the same number of functional tokens.")
+        parameter.copy_(torch.from_numpy(tensors[key].astype(np.float32)) * scale)
+
+
+def _bundle_name(name: str) -> str:
+    """The name in a bundle of a trained parameter."""
+    if name.endswith("_rows"):
+        return name
+    parts = name.split(".")
+    layer, kind = parts[parts.index("layers") + 1], next(p for p in parts if p in LINEAR)
+    return f"blk.{layer}.{kind}.{'lora_a' if 'lora_A' in name else 'lora_b'}"
 
 
 def trained(master: Master) -> dict[str, torch.Tensor]:
@@ -198,13 +223,13 @@ def trained(master: Master) -> dict[str, torch.Tensor]:
 
 
 def main(base: Path, train: Sequence[data.Example], validation: dict[str, Sequence[data.Example]], vocabulary: Vocabulary,
-         recipe: Recipe, out: Path, log: Any = print) -> dict[str, Any]:
-    """Run the recipe; leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl, plot.png in `out`."""
+         recipe: Recipe, out: Path, log: Any = print, start: Path | None = None) -> dict[str, Any]:
+    """Run the recipe, from the base or from another bundle (`start`); leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl, plot.png in `out`."""
     unknown = sorted({e.node for e in train} - set(vocabulary.nodes))
     if unknown:
         raise DataError(f"Examples name nodes without a functional token: {', '.join(unknown)}.")
     out.mkdir(parents=True, exist_ok=True)
-    master, encode_text = setup(base, vocabulary, recipe)
+    master, encode_text = setup(base, vocabulary, recipe, start)
     encoded = [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in train]
     checks = {name: [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in rows]
               for name, rows in validation.items()}
@@ -301,23 +326,14 @@ def _write(path: Path, value: Any) -> None:
 
 def save(master: Master, vocabulary: Vocabulary, recipe: Recipe, out: Path) -> None:
     """weights.safetensors (float16: `blk.N.NAME.lora_a` (r, in), `.lora_b` (out, r) scaled, `input_rows`, `output_rows`)."""
-    from safetensors.numpy import save_file
-
     tensors: dict[str, np.ndarray] = {}
     for name, tensor in trained(master).items():
-        value = tensor.detach().float()
-        if name.endswith("_rows"):
-            tensors[name] = value.numpy().astype(np.float16)
-            continue
-        parts = name.split(".")
-        layer, kind = parts[parts.index("layers") + 1], next(p for p in parts if p in LINEAR)
-        if "lora_B" in name:
+        key, value = _bundle_name(name), tensor.detach().float()
+        if key.endswith(".lora_b"):
             value = value * (recipe.alpha / recipe.rank)
-        tensors[f"blk.{layer}.{kind}.{'lora_a' if 'lora_A' in name else 'lora_b'}"] = value.numpy().astype(np.float16)
-    part = out / "weights.part"
-    save_file(tensors, part)
-    os.replace(part, out / "weights.safetensors")
-    (out / "vocabulary.json").write_text(json.dumps({**vocabulary.to_json(), "digest": vocabulary.digest}, indent=2) + "\n")
+        tensors[key] = value.numpy().astype(np.float16)
+    write_tensors(tensors, out / "weights.safetensors")
+    write_vocabulary(vocabulary, out / "vocabulary.json")
 
 
 def plot(out: Path) -> None:
