@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmgraph import assets, bundles, graph, prompts, runtime, settings
+from lmgraph import assets, bundles, graphfile, prompts, runtime, settings
 from lmgraph.engine import Engine, Session
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples, heads
@@ -54,7 +54,7 @@ def build(base: Path, nodes: int, folder: Path) -> Path:
 
 
 def descriptions(nodes: int) -> list[str]:
-    given = list(graph.loads(runtime.builtin_graph()).nodes.values())
+    given = list(graphfile.loads(runtime.builtin_graph()).nodes.values())
     return [f"{given[i % len(given)].name}{'' if i < len(given) else f'_{i}'}: {given[i % len(given)].description}" for i in range(nodes)]
 
 
@@ -73,21 +73,28 @@ async def measure(path: Path, nodes: int, queries: list[str], threads: int, cold
         async with await engine.session() as session:
             for i, query in enumerate(ids):
                 flush = [3 + i % 40]  # another first token: nothing of the last prompt can be used again
-                for name in (("prefill", "functional") if i % 2 else ("functional", "prefill")):
+                for name in ("prefill", "functional") if i % 2 else ("functional", "prefill"):
                     await timed(session, flush * 3, None)
-                    times[name].append(await timed(session, query, None) if name == "prefill" else await timed(session, before + query + after, allowed))
+                    times[name].append(
+                        await timed(session, query, None) if name == "prefill" else await timed(session, before + query + after, allowed)
+                    )
             for i, query in enumerate(ids[:cold]):
                 await timed(session, [3 + i % 40] * 3, None)
                 times["listing_cold"].append(await timed(session, listing + query + ask, names))
-            for query in ids[cold:cold + 10]:
+            for query in ids[cold : cold + 10]:
                 times["listing_cached"].append(await timed(session, listing + query + ask, names))
     finally:
         await engine.close()
     out = {f"{name}_ms": round(statistics.median(values), 2) for name, values in times.items()}
-    out |= {"nodes": nodes, "queries": len(queries), "query_tokens_median": statistics.median(map(len, ids)), "listing_tokens": len(listing),
-            "functional_over_prefill": round(statistics.median(times["functional"]) / statistics.median(times["prefill"]), 3),
-            "listing_cold_over_functional": round(statistics.median(times["listing_cold"]) / statistics.median(times["functional"]), 1),
-            "listing_cached_over_functional": round(statistics.median(times["listing_cached"]) / statistics.median(times["functional"]), 2)}
+    out |= {
+        "nodes": nodes,
+        "queries": len(queries),
+        "query_tokens_median": statistics.median(map(len, ids)),
+        "listing_tokens": len(listing),
+        "functional_over_prefill": round(statistics.median(times["functional"]) / statistics.median(times["prefill"]), 3),
+        "listing_cold_over_functional": round(statistics.median(times["listing_cold"]) / statistics.median(times["functional"]), 1),
+        "listing_cached_over_functional": round(statistics.median(times["listing_cached"]) / statistics.median(times["functional"]), 2),
+    }
     return out
 
 

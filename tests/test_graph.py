@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmgraph import graph
+from lmgraph import graph, graphfile
 from lmgraph.errors import GraphError
 from lmgraph.graph import END, START, Graph, MasterSpec, Node, WorkerSpec
 
@@ -44,7 +44,7 @@ def graphs(draw: st.DrawFn) -> Graph:
 
 def problems(text: str) -> tuple[str, ...]:
     with pytest.raises(GraphError) as caught:
-        graph.loads(text)
+        graphfile.loads(text)
     assert all(problem in str(caught.value) for problem in caught.value.problems)
     return caught.value.problems
 
@@ -107,17 +107,17 @@ edges:
 @given(graphs())
 @settings(max_examples=50, deadline=None)
 def test_a_graph_comes_back_from_its_yaml_as_it_was(one: Graph) -> None:
-    assert graph.loads(graph.dumps(one)) == one
+    assert graphfile.loads(graphfile.dumps(one)) == one
 
 
 @given(graphs())
 @settings(max_examples=20, deadline=None)
 def test_the_order_of_nodes_survives_the_file(one: Graph) -> None:
-    assert list(graph.loads(graph.dumps(one)).nodes) == list(one.nodes)
+    assert list(graphfile.loads(graphfile.dumps(one)).nodes) == list(one.nodes)
 
 
 def test_the_form_of_the_design_is_read_with_its_shorthands() -> None:
-    one = graph.loads(BUILT_IN_STYLE)
+    one = graphfile.loads(BUILT_IN_STYLE)
     assert one.master == MasterSpec("mmlu", 0.35, "general")
     assert one.nodes["law"].worker.urls == ("http://law-0:8000/v1",)
     assert one.nodes["law"].accepts == ("text",)
@@ -127,11 +127,11 @@ def test_the_form_of_the_design_is_read_with_its_shorthands() -> None:
 
 def test_many_ampersands_and_stars_in_descriptions_are_no_attack() -> None:
     nodes = {f"n{i}": node(token=i, description="M&A, *all* of it") for i in range(60)}
-    assert len(graph.loads(whole(nodes=nodes)).nodes) == 60
+    assert len(graphfile.loads(whole(nodes=nodes)).nodes) == 60
 
 
 def test_defaults_are_left_out_of_the_file() -> None:
-    text = graph.dumps(linked("math", start=["math"]))
+    text = graphfile.dumps(linked("math", start=["math"]))
     assert yaml.safe_load(text)["nodes"]["math"] == {"description": "", "token": 0, "worker": {"kind": "scripted"}}
 
 
@@ -269,7 +269,7 @@ def test_a_name_that_yaml_reads_as_something_else_must_stand_in_quotes(name: str
     text = "version: 1\nnodes:\n  {}: {{token: 0, description: d, worker: {{kind: scripted}}}}\nedges: {{start: '*'}}\n"
     assert any("as a node's name, expected text; put it in quotes" in p for p in problems(text.format(name)))
     if name.isalnum():
-        assert list(graph.loads(text.format(f"'{name}'")).nodes) == [name]
+        assert list(graphfile.loads(text.format(f"'{name}'")).nodes) == [name]
 
 
 def test_a_graph_without_nodes_says_how_to_add_one() -> None:
@@ -377,7 +377,7 @@ def test_what_can_be_reached_is_closed_under_neighbours(one: Graph) -> None:
 @settings(max_examples=50, deadline=None)
 def test_text_that_is_no_graph_raises_nothing_but_a_graph_error(text: str) -> None:
     with pytest.raises(GraphError):
-        graph.loads(text)
+        graphfile.loads(text)
 
 
 @given(st.lists(st.sampled_from(["version: ", "nodes:", "edges:", "start: ", "\n", "\n  ", "- ", "*", "&a ", "*a", "{", "}", "[", "]", "1",
@@ -386,7 +386,7 @@ def test_text_that_is_no_graph_raises_nothing_but_a_graph_error(text: str) -> No
 @settings(max_examples=50, deadline=None)
 def test_scraps_of_yaml_raise_nothing_but_a_graph_error(scraps: list[str]) -> None:
     with pytest.raises(GraphError):
-        graph.loads("".join(scraps))
+        graphfile.loads("".join(scraps))
 
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates(),
@@ -403,7 +403,7 @@ NODES = st.dictionaries(st.text(max_size=5), VALUES | st.fixed_dictionaries({}, 
 @settings(max_examples=50, deadline=None)
 def test_a_mapping_of_anything_raises_nothing_but_a_graph_error(data: dict[str, Any]) -> None:
     with pytest.raises(GraphError):
-        graph.loads(yaml.safe_dump(data))
+        graphfile.loads(yaml.safe_dump(data))
 
 
 @pytest.mark.parametrize("text", [
@@ -414,7 +414,7 @@ def test_a_mapping_of_anything_raises_nothing_but_a_graph_error(data: dict[str, 
 ])
 def test_yaml_of_the_worse_kind_raises_nothing_but_a_graph_error(text: str) -> None:
     with pytest.raises(GraphError):
-        graph.loads(text)
+        graphfile.loads(text)
 
 
 LAUGHS = "a0: &a0 [ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
@@ -427,11 +427,11 @@ MERGES = "a0: &a0 !!set {? x}\n" + "".join(f"a{i}: &a{i} !!set {{<<: [{', '.join
 ], ids=["lists", "merges", "itself", "mapping-in-itself", "answers", "pairs", "edges"])
 def test_a_yaml_bomb_is_refused_without_going_off(text: str) -> None:
     with pytest.raises(GraphError):
-        graph.loads(text)
+        graphfile.loads(text)
 
 
 def test_an_alias_may_share_a_worker_between_nodes() -> None:
-    one = graph.loads("""\
+    one = graphfile.loads("""\
 version: 1
 nodes:
   a: {token: 0, description: d, worker: &w {kind: scripted, answers: {"*": hi}}}
@@ -445,19 +445,19 @@ edges: {start: "*"}
 def validator() -> Any:
     import jsonschema
 
-    jsonschema.Draft202012Validator.check_schema(graph.schema())
-    return jsonschema.Draft202012Validator(graph.schema())
+    jsonschema.Draft202012Validator.check_schema(graphfile.schema())
+    return jsonschema.Draft202012Validator(graphfile.schema())
 
 
 def test_the_schema_takes_the_form_of_the_design_and_what_is_written_from_it(validator: Any) -> None:
     validator.validate(yaml.safe_load(BUILT_IN_STYLE.replace(", 7: 8", "")))
-    validator.validate(yaml.safe_load(graph.dumps(graph.loads(BUILT_IN_STYLE))))
+    validator.validate(yaml.safe_load(graphfile.dumps(graphfile.loads(BUILT_IN_STYLE))))
 
 
 @given(one=graphs())
 @settings(max_examples=30, deadline=None)
 def test_the_schema_takes_every_graph_that_is_written(validator: Any, one: Graph) -> None:
-    validator.validate(yaml.safe_load(graph.dumps(one)))
+    validator.validate(yaml.safe_load(graphfile.dumps(one)))
 
 
 @pytest.mark.parametrize("text", [whole(color=1), whole(version=2), with_node(token=-1), with_node(token="a"), with_worker(kind="x"),
@@ -465,4 +465,4 @@ def test_the_schema_takes_every_graph_that_is_written(validator: Any, one: Graph
 def test_the_schema_refuses_what_loading_refuses(validator: Any, text: str) -> None:
     assert not validator.is_valid(yaml.safe_load(text))
     with pytest.raises(GraphError):
-        graph.loads(text)
+        graphfile.loads(text)

@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
-    "errors", "types", "graph", "tokens", "prompts", "rewrite", "settings",
+    "errors", "types", "graph", "graphfile", "tokens", "prompts", "rewrite", "settings",
     "assets", "bundles", "engine", "workers.base", "workers.scripted", "workers.embedded", "workers.openai",
     "master", "execute", "runtime",
     "train.examples", "train.tiny", "train.heads", "train.tune", "evaluate.routes", "evaluate.report",
@@ -18,13 +18,13 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
 HOMES = {
     "xllamacpp": {"engine"}, "torch": {"train.tune"}, "transformers": {"train.tune"}, "peft": {"train.tune"},
     "httpx": {"assets", "workers.openai"}, "gguf": {"bundles", "train.tiny", "train.heads", "cli.training"}, "safetensors": {"bundles", "train.tune"},
-    "yaml": {"graph"}, "ruamel": {"cli.graphs"}, "click": {n for n in ORDER if n.startswith("cli")},
+    "yaml": {"graphfile"}, "ruamel": {"cli.graphs"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.tune", "evaluate.report"},
 }
-PURE = {"errors", "types", "graph", "tokens", "prompts", "rewrite"}
+PURE = {"errors", "types", "graph", "graphfile", "tokens", "prompts", "rewrite"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
 LOCAL_IMPORTS = {"engine", "bundles", "runtime", "assets", "train.tiny", "train.heads", "train.tune", "evaluate.report"}
-BUDGET = 420
+BUDGET = 360
 
 
 def rooms() -> dict[str, ast.Module]:

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from conftest import WORDS, toy_graph, toy_queries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmgraph import bundles, graph
+from conftest import WORDS, toy_graph, toy_queries
+from lmgraph import bundles, graphfile
 from lmgraph.engine import Engine
 from lmgraph.errors import LmgraphError, NoDecision, QueryError, VocabularyMismatch
 from lmgraph.master import QUERY_LIMIT, Master
@@ -23,7 +23,7 @@ from lmgraph.train import tiny
 async def master_of(path: Path, text: str | None = None, slots: int = 2):  # type: ignore[no-untyped-def]
     engine = await Engine.open(path, context=1024, slots=slots, threads=2)
     try:
-        yield Master(engine, bundles.vocabulary_of(path), graph.loads(text or toy_graph(path)))
+        yield Master(engine, bundles.vocabulary_of(path), graphfile.loads(text or toy_graph(path)))
     finally:
         await engine.close()
 

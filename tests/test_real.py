@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lmgraph import rewrite, runtime, settings
-from lmgraph.graph import loads
+from lmgraph.graphfile import loads
 from lmgraph.master import Master
 from lmgraph.train import examples
 

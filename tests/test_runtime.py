@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from conftest import WORDS, toy_graph
-from lmgraph import assets, execute, graph, runtime, settings
+from lmgraph import assets, execute, graphfile, runtime, settings
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, EngineError, GraphError, OutsideError, QueryError, UserError, WorkerError, WorkerTimeout
 from lmgraph.graph import Graph, Node, WorkerSpec
@@ -46,7 +46,7 @@ def graph_of(workers: Mapping[str, str], master: str = "{bundle: no-such-master.
     for i, (key, worker) in enumerate(workers.items()):
         name, _, other = key.partition(">")
         rows.append(f"  {name}: {{token: {i}, description: d, worker: {worker}{f', fallback: {other}' if other else ''}}}\n")
-    return graph.loads(f"version: 1\nmaster: {master}\nnodes:\n{''.join(rows)}edges: {{start: ['*']}}\n")
+    return graphfile.loads(f"version: 1\nmaster: {master}\nnodes:\n{''.join(rows)}edges: {{start: ['*']}}\n")
 
 
 # --- one ask ---
@@ -343,7 +343,7 @@ def test_a_graph_is_the_named_file_or_the_one_here_or_the_built_in(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     built_in, folder = runtime.read_graph(None)
-    assert built_in == graph.loads(runtime.builtin_graph()) and folder is None and len(built_in.nodes) > 3
+    assert built_in == graphfile.loads(runtime.builtin_graph()) and folder is None and len(built_in.nodes) > 3
     Path("graph.yaml").write_text(toy_graph(Path("here.gguf")))
     here, folder = runtime.read_graph(None)
     assert here.master.bundle == "here.gguf" and folder == Path()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import WORDS, toy_graph, toy_queries
-from lmgraph import assets, bundles, graph
+from lmgraph import assets, bundles, graphfile
 from lmgraph.engine import Engine
 from lmgraph.train import examples as data
 from test_cli import Command, here, jsonl, lmgraph, write
@@ -70,7 +70,7 @@ def test_a_node_added_with_examples_is_known_at_once_and_the_old_ones_lose_no_po
     assert found.code == 0, found.err
     assert "Added chef (token 3)" in found.out and "20 examples" in found.err
     text = mine.read_text()
-    made = graph.loads(text)
+    made = graphfile.loads(text)
     assert text.startswith("# mine\n") and made.nodes["chef"].token == 3 and "chef" in made.neighbours()
     assert made.master.bundle.replace("\\", "/") == "bundles/graph-chef"
     bundle = bundles.read(made.master.bundle, mine.parent)
@@ -87,8 +87,8 @@ def test_a_node_added_with_examples_is_known_at_once_and_the_old_ones_lose_no_po
     about_cars = [q.replace("oven", "tyre").replace("flour", "brake").replace("butter", "clutch") for q in learnt]
     second = write("more.jsonl", jsonl(*({"query": q} for q in about_cars)))
     found = lmgraph("graph", "add", "mechanic", "--description", "cars", "--examples", str(second))
-    assert found.code == 0 and graph.loads(mine.read_text()).nodes["mechanic"].token == 4
-    assert set(bundles.read(graph.loads(mine.read_text()).master.bundle, mine.parent).vocabulary.nodes) == {*WORDS, "chef", "mechanic"}
+    assert found.code == 0 and graphfile.loads(mine.read_text()).nodes["mechanic"].token == 4
+    assert set(bundles.read(graphfile.loads(mine.read_text()).master.bundle, mine.parent).vocabulary.nodes) == {*WORDS, "chef", "mechanic"}
     assert lmgraph("graph", "check").code == 0
 
 
@@ -108,7 +108,7 @@ def test_heads_of_a_node_that_the_graph_has_points_the_graph_to_the_new_bundle(l
     assert found.code == 1 and "not trained for chef (token 3)" in found.err
     found = lmgraph("train", "heads", "--node", "chef", "--examples", "chef.jsonl", "--out", "elsewhere/chef")
     assert found.code == 0 and "graph.yaml uses it" in found.out, found.err
-    assert graph.loads(mine.read_text()).master.bundle.replace("\\", "/") == "elsewhere/chef"
+    assert graphfile.loads(mine.read_text()).master.bundle.replace("\\", "/") == "elsewhere/chef"
     assert chosen(lmgraph, chef_queries()[0]).count("chef") >= 19
 
 

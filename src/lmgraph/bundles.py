@@ -16,13 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from lmgraph.assets import ELSEWHERE, IN_CACHE, atomic, digest_of
+from lmgraph.assets import ELSEWHERE, atomic, digest_of
 from lmgraph.errors import AssetError, VocabularyMismatch
 from lmgraph.tokens import Vocabulary
 
 Progress = Callable[[int, int], None]
-NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-         "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+NAMES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
 """names of linear layers: Hugging Face -> GGUF"""
 KEY = "lmgraph.vocabulary"
 CONTROL, NORMAL = 3, 1
@@ -65,12 +72,16 @@ def read(name: str, beside: Path | None = None) -> Bundle:
     folder = builtin_folder() / name if name in builtin() else (beside or Path()) / Path(name).expanduser()
     for file in ("vocabulary.json", "weights.safetensors"):
         if not (folder / file).is_file():
-            raise AssetError(f"Master bundle {name!r} not found: no {file} in {folder}.",
-                             f"Valid: {', '.join(builtin()) or '(none built in)'}, or a folder made by: lmgraph train tune")
+            raise AssetError(
+                f"Master bundle {name!r} not found: no {file} in {folder}.",
+                f"Valid: {', '.join(builtin()) or '(none built in)'}, or a folder made by: lmgraph train tune",
+            )
     vocabulary, written = read_vocabulary(folder / "vocabulary.json")
     if written and written != vocabulary.digest:
-        raise VocabularyMismatch(f"{folder / 'vocabulary.json'} was edited by hand: its digest does not fit.",
-                                 "Nodes are added with: lmgraph train heads --node NAME --examples FILE")
+        raise VocabularyMismatch(
+            f"{folder / 'vocabulary.json'} was edited by hand: its digest does not fit.",
+            "Nodes are added with: lmgraph train heads --node NAME --examples FILE",
+        )
     metrics = json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").exists() else {}
     return Bundle(folder.name, folder, vocabulary, metrics)
 
@@ -164,11 +175,20 @@ def _metadata(reader: Any, writer: Any, vocabulary: Vocabulary, name: str) -> No
     from gguf import GGUFValueType
 
     names = [vocabulary.name(i) for i in range(vocabulary.size)] + [vocabulary.end_name]
-    extended = {"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": [CONTROL] * len(names),
-                "tokenizer.ggml.scores": [-1000.0] * len(names)}
+    extended = {
+        "tokenizer.ggml.tokens": names,
+        "tokenizer.ggml.token_type": [CONTROL] * len(names),
+        "tokenizer.ggml.scores": [-1000.0] * len(names),
+    }
     for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key in ("general.architecture", f"{writer.arch}.vocab_size", "general.file_type",
-                                              "general.quantization_version", "tokenizer.ggml.eot_token_id", KEY):
+        if key.startswith("GGUF.") or key in (
+            "general.architecture",
+            f"{writer.arch}.vocab_size",
+            "general.file_type",
+            "general.quantization_version",
+            "tokenizer.ggml.eot_token_id",
+            KEY,
+        ):
             continue
         value = field.contents()
         if key in extended:
@@ -283,8 +303,10 @@ def vocabulary_of(path: Path) -> Vocabulary:
     beside = path.with_name("vocabulary.json")
     if beside.exists():
         return read_vocabulary(beside)[0]
-    raise VocabularyMismatch(f"{path.name} is no master: it holds no vocabulary and there is no vocabulary.json beside it.",
-                             "Write one: {\"first_id\": ..., \"size\": ..., \"end_id\": ..., \"nodes\": {name: token}, \"dialect\": ...}")
+    raise VocabularyMismatch(
+        f"{path.name} is no master: it holds no vocabulary and there is no vocabulary.json beside it.",
+        'Write one: {"first_id": ..., "size": ..., "end_id": ..., "nodes": {name: token}, "dialect": ...}',
+    )
 
 
 def ready(bundle: Bundle, base: Path, cache: Path, progress: Progress | None = None) -> Path:

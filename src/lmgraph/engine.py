@@ -92,8 +92,10 @@ class Engine:
             params.n_ubatch = params.n_batch = context
         try:
             server = await asyncio.to_thread(xllamacpp.Server, params)
-        except Exception as error:  # noqa: BLE001 - the binding raises bare RuntimeErrors
-            raise EngineError(f"llama.cpp cannot load {path.name}: {error}", "Is the file whole? Check it: lmgraph pull --verify") from error
+        except Exception as error:
+            raise EngineError(
+                f"llama.cpp cannot load {path.name}: {error}", "Is the file whole? Check it: lmgraph pull --verify"
+            ) from error
         return cls(server, key, path, slots, context)
 
     async def close(self) -> None:
@@ -126,8 +128,10 @@ class Engine:
         ids: list[int] = []
         for (_, content), mark in zip(messages, marks, strict=True):
             if text.count(mark) != 1:
-                raise EngineError(f"The chat template of {self.path.name} does not take a conversation of this form "
-                                  f"({', '.join(role for role, _ in messages)}).")
+                raise EngineError(
+                    f"The chat template of {self.path.name} does not take a conversation of this form "
+                    f"({', '.join(role for role, _ in messages)})."
+                )
             before, text = text.split(mark)
             ids += await self.tokenise(before, True) + await self.tokenise(content)
         return ids + await self.tokenise(text, True)
@@ -164,9 +168,18 @@ class Session:
     async def choose(self, ids: Sequence[int], allowed: Sequence[int], temperature: float = 1.0, top: int = 20) -> Choice:
         """One forward pass over `ids`; the softmax over `allowed` for the next id (never sampled: take the first)."""
         engine = self._engine
-        body = {"prompt": list(ids), "n_predict": 1, "samplers": ["temperature"], "temperature": temperature, "seed": 1,
-                "logit_bias": [[i, BIAS] for i in allowed], "n_probs": min(top, len(allowed)), "post_sampling_probs": True,
-                "cache_prompt": True, "id_slot": self._slot}
+        body = {
+            "prompt": list(ids),
+            "n_predict": 1,
+            "samplers": ["temperature"],
+            "temperature": temperature,
+            "seed": 1,
+            "logit_bias": [[i, BIAS] for i in allowed],
+            "n_probs": min(top, len(allowed)),
+            "post_sampling_probs": True,
+            "cache_prompt": True,
+            "id_slot": self._slot,
+        }
         began = time.perf_counter()
         answer = await engine._run(engine._server.handle_completions, body)
         took = (time.perf_counter() - began) * 1000
@@ -180,12 +193,19 @@ class Session:
         timings = answer.get("timings", {})
         return Choice(found, took, int(timings.get("prompt_n", 0)), int(timings.get("cache_n", 0)))
 
-    async def generate(self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, want_ids: bool = False,
-                       forbidden: Sequence[int] = ()) -> AsyncIterator[Piece]:
+    async def generate(
+        self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, want_ids: bool = False, forbidden: Sequence[int] = ()
+    ) -> AsyncIterator[Piece]:
         """Stream an answer to `ids`, greedy at temperature 0. Leaving the stream stops the engine."""
         engine = self._engine
-        body: dict[str, Any] = {"prompt": list(ids), "n_predict": max_tokens, "temperature": temperature, "stream": True,
-                                "cache_prompt": True, "id_slot": self._slot}
+        body: dict[str, Any] = {
+            "prompt": list(ids),
+            "n_predict": max_tokens,
+            "temperature": temperature,
+            "stream": True,
+            "cache_prompt": True,
+            "id_slot": self._slot,
+        }
         if want_ids:
             body["n_probs"] = 1
         if forbidden:
@@ -225,16 +245,23 @@ def _piece(chunk: dict[str, Any]) -> Piece:
     choice = chunk["choices"][0] if chunk.get("choices") else {}
     logprobs = choice.get("logprobs") or {}
     usage = chunk.get("usage") or {}
-    return Piece(choice.get("text") or "", tuple(int(c["id"]) for c in logprobs.get("content") or ()),
-                 choice.get("finish_reason") or "", int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+    return Piece(
+        choice.get("text") or "",
+        tuple(int(c["id"]) for c in logprobs.get("content") or ()),
+        choice.get("finish_reason") or "",
+        int(usage.get("prompt_tokens", 0)),
+        int(usage.get("completion_tokens", 0)),
+    )
 
 
 def _raise_error(answer: Any, path: Path) -> None:
     if isinstance(answer, dict) and "error" in answer:
         error = answer["error"]
         if isinstance(error, dict) and error.get("type") == "exceed_context_size_error":
-            raise EngineError(f"The text has {error.get('n_prompt_tokens')} tokens; {path.name} is loaded with room for {error.get('n_ctx')}.",
-                              "Shorten the text, or give this node a model with a longer context.")
+            raise EngineError(
+                f"The text has {error.get('n_prompt_tokens')} tokens; {path.name} is loaded with room for {error.get('n_ctx')}.",
+                "Shorten the text, or give this node a model with a longer context.",
+            )
         message = error.get("message", error) if isinstance(error, dict) else error
         raise EngineError(f"llama.cpp refused a request to {path.name}: {message}")
 

@@ -76,8 +76,7 @@ class MissingExtra(UserError):
     code = "missing_extra"
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an optional part of lmgraph that is not installed.",
-                         f"Install it: pip install 'lmgraph[{extra}]'")
+        super().__init__(f"{what} needs an optional part of lmgraph that is not installed.", f"Install it: pip install 'lmgraph[{extra}]'")
 
 
 class AssetError(LmgraphError):

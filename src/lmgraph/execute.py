@@ -19,8 +19,15 @@ from lmgraph.workers.base import Worker
 Open = Callable[[Node], Awaitable[Worker]]
 
 
-async def run(node: Node, chain: Sequence[Node], messages: Sequence[Message], open_worker: Open, *, max_tokens: int | None = None,
-              temperature: float | None = None) -> AsyncGenerator[Delta | Step, None]:
+async def run(
+    node: Node,
+    chain: Sequence[Node],
+    messages: Sequence[Message],
+    open_worker: Open,
+    *,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+) -> AsyncGenerator[Delta | Step, None]:
     """Stream one step: Deltas of text, then one finished Step per node that was tried (the last one holds the answer).
 
     `chain` are the nodes to try after `node`, in order. Raises the last error when all fail.
@@ -65,8 +72,9 @@ async def run(node: Node, chain: Sequence[Node], messages: Sequence[Message], op
     raise type(last)(f"No worker could answer ({tried})", last.hint)
 
 
-async def _timed(worker: Worker, messages: Sequence[Message], max_tokens: int, temperature: float | None,
-                 timeout_s: float) -> AsyncGenerator[Delta, None]:
+async def _timed(
+    worker: Worker, messages: Sequence[Message], max_tokens: int, temperature: float | None, timeout_s: float
+) -> AsyncGenerator[Delta, None]:
     """The worker's stream; each piece must come within `timeout_s` of the one before."""
     stream = worker.stream(messages, max_tokens=max_tokens, temperature=temperature)
     try:

@@ -40,7 +40,7 @@ class Master:
         Raises QueryError for a query without content, NoDecision when nothing may follow `at`.
         """
         if not query.strip():
-            raise QueryError("The query is empty.", "Give a question: lmgraph ask \"...\"")
+            raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
         if len(query) > MAX_CHARACTERS:
             raise QueryError(f"The query has {len(query):,} characters; at most {MAX_CHARACTERS:,} are taken.")
         names = [name for name in self.graph.neighbours(at) if name != END]
@@ -67,10 +67,23 @@ class Master:
             else:
                 note = "not asked for" if query_tokens <= REWRITE_LIMIT else "long query, passed on as it is"
             done = time.perf_counter()
-        return Decision(query=query, node=node, chosen=chosen, token=self.graph.nodes[chosen].token, probability=probability,
-                        alternatives=ranked, rewritten=text, rewrite_note=note, fallback=fallback, shortened=shortened,
-                        tokenise_ms=(tokenised - began) * 1000, prefill_ms=(decided - started) * 1000, decode_ms=(done - decided) * 1000,
-                        prompt_tokens=len(prompt), rewrite_tokens=written)
+        return Decision(
+            query=query,
+            node=node,
+            chosen=chosen,
+            token=self.graph.nodes[chosen].token,
+            probability=probability,
+            alternatives=ranked,
+            rewritten=text,
+            rewrite_note=note,
+            fallback=fallback,
+            shortened=shortened,
+            tokenise_ms=(tokenised - began) * 1000,
+            prefill_ms=(decided - started) * 1000,
+            decode_ms=(done - decided) * 1000,
+            prompt_tokens=len(prompt),
+            rewrite_tokens=written,
+        )
 
     async def prompt(self, query: str) -> tuple[list[int], int, int]:
         """(ids of the whole prompt, query tokens, query tokens left out)."""
@@ -97,7 +110,7 @@ class Master:
         if rewriting is not None:
             return rewriting and not shortened
         setting = self.graph.nodes[node].rewrite
-        return not shortened and (setting == "always" or setting == "auto" and query_tokens <= REWRITE_LIMIT)
+        return not shortened and (setting == "always" or (setting == "auto" and query_tokens <= REWRITE_LIMIT))
 
     async def _rewrite(self, session: Session, query: str, prompt: list[int], token: int, query_tokens: int) -> tuple[str, str, int]:
         """(request for the worker, why it is the original or '', tokens written)."""
@@ -136,9 +149,15 @@ def fits(graph: Graph, vocabulary: Vocabulary) -> None:
             f"The master was not trained for {', '.join(strangers)}; its tokens: "
             f"{', '.join(f'{t}={n}' for t, n in sorted(trained.items()))}.",
             f"Fit the row of a new node from examples: lmgraph train heads --node NAME --examples FILE"
-            f"{'' if spare is None else f' (next free token: {spare})'}")
-    moved = [f"{name}: graph {graph.nodes[name].token}, master {token}" for name, token in vocabulary.nodes.items()
-             if name in graph.nodes and graph.nodes[name].token != token]
+            f"{'' if spare is None else f' (next free token: {spare})'}",
+        )
+    moved = [
+        f"{name}: graph {graph.nodes[name].token}, master {token}"
+        for name, token in vocabulary.nodes.items()
+        if name in graph.nodes and graph.nodes[name].token != token
+    ]
     if moved:
-        raise VocabularyMismatch(f"Graph and master disagree on functional tokens: {'; '.join(moved)}.",
-                                 "Write the master's numbers into graph.yaml, or use the bundle that was trained for this graph.")
+        raise VocabularyMismatch(
+            f"Graph and master disagree on functional tokens: {'; '.join(moved)}.",
+            "Write the master's numbers into graph.yaml, or use the bundle that was trained for this graph.",
+        )

@@ -34,7 +34,7 @@ TEMPLATES = {
     # Octopus v4 (NexaAI/Octopus-v4 model card): one string, no newlines between the turns.
     "octopus-v4": Template(
         head="<|system|>You are a router. Below is the query from the users, please call the correct function and "
-             "generate the parameters to call the function.<|end|><|user|>",
+        "generate the parameters to call the function.<|end|><|user|>",
         tail="<|end|><|assistant|>",
     ),
 }
@@ -55,4 +55,4 @@ def shorten(ids: list[int], limit: int) -> tuple[list[int], int]:
         return ids, 0
     head = limit * 2 // 3
     tail = limit - head
-    return ids[:head] + ids[len(ids) - tail:], len(ids) - limit
+    return ids[:head] + ids[len(ids) - tail :], len(ids) - limit

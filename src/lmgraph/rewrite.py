@@ -17,20 +17,27 @@ _RUN = re.compile(rf"[^\s\"“”{_CJK}]*")
 FORMULA = re.compile(r"\w[)\]}']*(?:[\^=≤≥<>+*/\\∑∫√≠→⊃∨∧≡±×÷]|(?<=[A-Za-z0-9])_(?=[A-Za-z0-9]))[\[({\-]*\w")
 """what makes a formula of the run of characters around it"""
 CHEMICAL = re.compile(r"\b(?:[A-Z][a-z]?\d*){2,}\b")
-_STRONG_EN = (r"\b(?:not|no|never|without|except|none|neither|nor|nothing|cannot|excluding)\b|n[o']t\b|n’t\b"
-              r"|\b(?:dont|doesnt|didnt|cant|wont|isnt|arent|wasnt|hasnt|havent|shouldnt|wouldnt|couldnt)\b")
-_WEAK_EN = (r"\b(?:un|in|im|ir|non|dis)[a-z]{3,}|\b(?:fail|lack|avoid|prevent|refus|den[iy]|reject|exclu)\w*"
-            r"|\b(?:absen\w+|besides|beyond|only|other than|rather than|instead|another|otherwise|nobody|nonexist\w*|wrong|rarely|hardly|despite"
-            r"|stop|break|breaks|too|negative|negat\w+|zero|yet|still|apart from|aside from|free of|against|oppos\w+|contrary|alone|impossib\w+|loses?|leaks?)\b")
+_STRONG_EN = (
+    r"\b(?:not|no|never|without|except|none|neither|nor|nothing|cannot|excluding)\b|n[o']t\b|n’t\b"
+    r"|\b(?:dont|doesnt|didnt|cant|wont|isnt|arent|wasnt|hasnt|havent|shouldnt|wouldnt|couldnt)\b"
+)
+_WEAK_EN = (
+    r"\b(?:un|in|im|ir|non|dis)[a-z]{3,}|\b(?:fail|lack|avoid|prevent|refus|den[iy]|reject|exclu)\w*"
+    r"|\b(?:absen\w+|besides|beyond|only|other than|rather than|instead|another|otherwise|nobody|nonexist\w*|wrong|rarely|hardly|despite"
+    r"|stop|break|breaks|too|negative|negat\w+|zero|yet|still|apart from|aside from|free of|against|oppos\w+|contrary|alone|impossib\w+|loses?|leaks?)\b"
+)
 """words that may stand for a negation in a good rewrite: enough to excuse a lost or an added one"""
 _IDIOMS_EN = re.compile(
     r"\b(?:do|does|did|can|could|would|should|is|was|has|have|wo|are)(?:n['’]?t| not)\s+(?:really |quite |even |fully |still )?"
     r"(?:get|got|understand|know|remember|want|need|see|find|figure|tell|follow|seem|think|recall|explain|believe|decide|it|they|you|we|i|he|she|that)\b"
     r"|\bcannot (?:find|remember|see|tell|figure|decide)\b|\bno (?:idea|clue|problem|worries|offen[cs]e|rush|matter)\b|\bnot (?:sure|just|only|really|exactly)\b|\bor not\b|\bwhy not\b"
-    r"|\bif not\b|\bnot to mention\b|\bnever mind\b|\bi['’]?m not\b|\bno,|, not\b|, no\b|\bwithout (?:crying|boring|losing|going|looking|sounding|jargon|being)\b")
+    r"|\bif not\b|\bnot to mention\b|\bnever mind\b|\bi['’]?m not\b|\bno,|, not\b|, no\b|\bwithout (?:crying|boring|losing|going|looking|sounding|jargon|being)\b"
+)
 """conversational negations of English that a rewrite may drop"""
-_IDIOMS_ZH = re.compile(r"(.)[不没](?:有)?\1|有没有|不同|[不没](?:太|是很|怎么)?(?:听|看|搞|弄)?(?:懂|明白|清楚|理解|知道|会)|不过|不好意思|搞不|无(?:机|穷|限|线|氧|理数)|不等式|不[对确]定|"
-                        r"了[不没吗]|[吗呢]？?不|不(?:平衡|规则|动产|良|足|锈)|差不多|要不然?|对不对|不就|这不")
+_IDIOMS_ZH = re.compile(
+    r"(.)[不没](?:有)?\1|有没有|不同|[不没](?:太|是很|怎么)?(?:听|看|搞|弄)?(?:懂|明白|清楚|理解|知道|会)|不过|不好意思|搞不|无(?:机|穷|限|线|氧|理数)|不等式|不[对确]定|"
+    r"了[不没吗]|[吗呢]？?不|不(?:平衡|规则|动产|良|足|锈)|差不多|要不然?|对不对|不就|这不"
+)
 """A-not-A questions, doubts and words that hold a sign of negation without negating"""
 NEGATIONS = {
     "en": _STRONG_EN,
@@ -88,7 +95,7 @@ def loops(text: str) -> bool:
         size = 6
     else:
         size = 4
-    grams = Counter(tuple(units[i:i + size]) for i in range(len(units) - size + 1))
+    grams = Counter(tuple(units[i : i + size]) for i in range(len(units) - size + 1))
     return bool(grams) and max(grams.values()) >= 3
 
 
@@ -143,7 +150,7 @@ def _formula_runs(text: str) -> list[str]:
             left = _RUN.match(backwards, len(text) - match.start(), len(text) - end)
             right = _RUN.match(text, match.end())
             end = right.end() if right else match.end()
-            runs.append(text[match.start() - (len(left.group()) if left else 0):end])
+            runs.append(text[match.start() - (len(left.group()) if left else 0) : end])
     return runs
 
 
@@ -163,8 +170,16 @@ def script(text: str) -> str:
     for char in text:
         if char.isalpha():
             name = unicodedata.name(char, "")
-            for word, label in (("CJK", "han"), ("HIRAGANA", "kana"), ("KATAKANA", "kana"), ("HANGUL", "hangul"), ("CYRILLIC", "cyrillic"),
-                                ("ARABIC", "arabic"), ("DEVANAGARI", "devanagari"), ("LATIN", "latin")):
+            for word, label in (
+                ("CJK", "han"),
+                ("HIRAGANA", "kana"),
+                ("KATAKANA", "kana"),
+                ("HANGUL", "hangul"),
+                ("CYRILLIC", "cyrillic"),
+                ("ARABIC", "arabic"),
+                ("DEVANAGARI", "devanagari"),
+                ("LATIN", "latin"),
+            ):
                 if word in name:
                     count[label] += 3 if label == "kana" else 2 if label == "han" else 1
                     break

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-from lmgraph import assets, bundles, execute, graph
+from lmgraph import assets, bundles, execute, graphfile
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, GraphError, QueryError, UserError, WorkerError
 from lmgraph.graph import Graph, Node
@@ -60,20 +60,24 @@ def read_graph(path: Path | None) -> tuple[Graph, Path | None]:
     if path is None:
         path = Path("graph.yaml") if Path("graph.yaml").is_file() else None
     if path is None:
-        return graph.loads(builtin_graph(), "the built-in graph"), None
+        return graphfile.loads(builtin_graph(), "the built-in graph"), None
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GraphError(f"{path} cannot be read: {error}.", f"Make one: lmgraph graph init {path}") from error
-    return graph.loads(text, str(path)), path.parent
+    return graphfile.loads(text, str(path)), path.parent
 
 
 def with_profile(given: Graph, profile: str) -> Graph:
     """The graph as it runs under a profile: `tiny` puts SmolLM2-135M in place of every catalogue model."""
     if profile != "tiny":
         return given
-    nodes = {name: replace(node, worker=replace(node.worker, model=TINY))
-             if node.worker.kind == "embedded" and node.worker.model in assets.CATALOGUE else node for name, node in given.nodes.items()}
+    nodes = {
+        name: replace(node, worker=replace(node.worker, model=TINY))
+        if node.worker.kind == "embedded" and node.worker.model in assets.CATALOGUE
+        else node
+        for name, node in given.nodes.items()
+    }
     return replace(given, nodes=nodes)
 
 
@@ -85,7 +89,9 @@ def model_file(model: str, cache: Path, beside: Path | None, watcher: Watcher) -
     path = Path(model).expanduser()
     path = path if path.is_absolute() or beside is None else beside / path
     if not path.is_file():
-        raise AssetError(f"Model {model!r} is neither in the catalogue nor a file.", f"Valid: {', '.join(assets.CATALOGUE)}, or a GGUF file.")
+        raise AssetError(
+            f"Model {model!r} is neither in the catalogue nor a file.", f"Valid: {', '.join(assets.CATALOGUE)}, or a GGUF file."
+        )
     return path
 
 
@@ -94,7 +100,10 @@ def base_of(vocabulary_base: str) -> assets.Asset:
     for asset in assets.CATALOGUE.values():
         if asset.sha256 == vocabulary_base:
             return asset
-    raise AssetError(f"No base weights with sha256 {vocabulary_base[:16]}... in the catalogue.", "Use a bundle trained on a catalogue model, or a merged GGUF.")
+    raise AssetError(
+        f"No base weights with sha256 {vocabulary_base[:16]}... in the catalogue.",
+        "Use a bundle trained on a catalogue model, or a merged GGUF.",
+    )
 
 
 def master_file(name: str, cache: Path, beside: Path | None, watcher: Watcher) -> tuple[Path, Vocabulary]:
@@ -155,7 +164,9 @@ class Runtime:
         async with self._master_lock:
             if self._master is None:
                 async with self._files_lock:
-                    path, vocabulary = await asyncio.to_thread(master_file, self.graph.master.bundle, self.settings.cache, self._folder, self._watcher)
+                    path, vocabulary = await asyncio.to_thread(
+                        master_file, self.graph.master.bundle, self.settings.cache, self._folder, self._watcher
+                    )
                 engine = await Engine.open(path, context=MASTER_CONTEXT, slots=slots, threads=self.settings.threads)
                 try:
                     self._master = Master(engine, vocabulary, self.graph)
@@ -179,7 +190,9 @@ class Runtime:
         if spec.kind == "scripted":
             return ScriptedWorker(spec.answers)
         if spec.kind == "openai":
-            return OpenAIWorker(spec.urls, spec.model, system=spec.system, key_env=spec.key_env, timeout_s=spec.timeout_s, temperature=spec.temperature)
+            return OpenAIWorker(
+                spec.urls, spec.model, system=spec.system, key_env=spec.key_env, timeout_s=spec.timeout_s, temperature=spec.temperature
+            )
         try:
             async with self._files_lock:
                 path = await asyncio.to_thread(model_file, spec.model, self.settings.cache, self._folder, self._watcher)
@@ -193,7 +206,7 @@ class Runtime:
     async def answer(self, ask: Ask, decided: Callable[[Decision], None] | None = None) -> AsyncIterator[Delta]:
         """Stream an answer; the last Delta carries the Trace. `decided` is told the decision before the worker starts."""
         if not ask.query.strip():
-            raise QueryError("The query is empty.", "Give a question: lmgraph ask \"...\"")
+            raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
         decision: Decision | None = None
         if ask.node is None:
             decision = await self.decide(ask.query)
@@ -207,7 +220,9 @@ class Runtime:
         last = max(i for i, m in enumerate(ask.messages) if m.role == "user")
         messages = (*ask.messages[:last], Message("user", request))
         steps: list[Step] = []
-        stream = execute.run(self.graph.nodes[name], self._chain(name), messages, self.worker, max_tokens=ask.max_tokens, temperature=ask.temperature)
+        stream = execute.run(
+            self.graph.nodes[name], self._chain(name), messages, self.worker, max_tokens=ask.max_tokens, temperature=ask.temperature
+        )
         try:
             async for item in stream:
                 if isinstance(item, Step):

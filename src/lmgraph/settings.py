@@ -35,8 +35,9 @@ def read(environment: Mapping[str, str] = os.environ) -> Settings:
     for name in environment:
         if name.startswith("LMGRAPH_") and name not in VARIABLES:
             near = difflib.get_close_matches(name, VARIABLES, 1)
-            raise SettingsError(f"Unknown environment variable {name}.",
-                                f"Did you mean {near[0]}?" if near else f"Valid: {', '.join(VARIABLES)}.")
+            raise SettingsError(
+                f"Unknown environment variable {name}.", f"Did you mean {near[0]}?" if near else f"Valid: {', '.join(VARIABLES)}."
+            )
     profile = environment.get("LMGRAPH_PROFILE", "standard")
     if profile not in PROFILES:
         raise SettingsError(f"LMGRAPH_PROFILE is {profile!r}; valid: {', '.join(PROFILES)}.")
@@ -46,12 +47,16 @@ def read(environment: Mapping[str, str] = os.environ) -> Settings:
     graph = environment.get("LMGRAPH_GRAPH")
     cache = environment.get("LMGRAPH_CACHE")
     try:
-        return Settings(cache=Path(cache).expanduser() if cache else _user_cache(environment) / "lmgraph",
-                        graph=Path(graph).expanduser() if graph else None, profile=profile,
-                        threads=int(threads) if threads else _cores())
+        return Settings(
+            cache=Path(cache).expanduser() if cache else _user_cache(environment) / "lmgraph",
+            graph=Path(graph).expanduser() if graph else None,
+            profile=profile,
+            threads=int(threads) if threads else _cores(),
+        )
     except RuntimeError as error:  # no home folder: a container's user without an entry, or ~somebody
-        raise SettingsError(f"A home folder is needed and cannot be found: {error}",
-                            "Set LMGRAPH_CACHE and LMGRAPH_GRAPH to full paths.") from error
+        raise SettingsError(
+            f"A home folder is needed and cannot be found: {error}", "Set LMGRAPH_CACHE and LMGRAPH_GRAPH to full paths."
+        ) from error
 
 
 def _user_cache(environment: Mapping[str, str]) -> Path:

@@ -41,8 +41,10 @@ class Vocabulary:
         if self.dialect not in DIALECTS:
             raise VocabularyMismatch(f"Unknown dialect {self.dialect!r}; known: {', '.join(DIALECTS)}.")
         if self.size < 1 or self.first_id < 0 or not 0 < self.temperature < math.inf:
-            raise VocabularyMismatch("A vocabulary needs size >= 1, first_id >= 0 and a finite temperature > 0; "
-                                     f"found {self.size}, {self.first_id}, {self.temperature}.")
+            raise VocabularyMismatch(
+                "A vocabulary needs size >= 1, first_id >= 0 and a finite temperature > 0; "
+                f"found {self.size}, {self.first_id}, {self.temperature}."
+            )
         if self.first_id <= self.end_id < self.first_id + self.size:
             raise VocabularyMismatch(f"The end token {self.end_id} lies among the functional tokens.")
         bad = {name: token for name, token in self.nodes.items() if not 0 <= token < self.size}
@@ -56,7 +58,8 @@ class Vocabulary:
         if node not in self.nodes:
             raise VocabularyMismatch(
                 f"The master has no functional token for node {node!r}; it knows: {', '.join(self.nodes)}.",
-                "Fit one from examples: lmgraph train heads --node NAME --examples FILE")
+                "Fit one from examples: lmgraph train heads --node NAME --examples FILE",
+            )
         return self.first_id + self.nodes[node]
 
     def is_functional(self, token_id: int) -> bool:
@@ -93,21 +96,35 @@ class Vocabulary:
 
     def to_json(self) -> dict[str, object]:
         """The JSON form, as vocabulary.json holds it (without the digest)."""
-        return {"version": 1, "dialect": self.dialect, "first_id": self.first_id, "size": self.size,
-                "end_id": self.end_id, "nodes": dict(self.nodes), "temperature": float(self.temperature), "base": self.base}
+        return {
+            "version": 1,
+            "dialect": self.dialect,
+            "first_id": self.first_id,
+            "size": self.size,
+            "end_id": self.end_id,
+            "nodes": dict(self.nodes),
+            "temperature": float(self.temperature),
+            "base": self.base,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Vocabulary:
         """The reverse of to_json; unknown keys are ignored. Raises VocabularyMismatch when a key is missing or wrong."""
         try:
             nodes = {str(k): _whole(v) for k, v in dict(data["nodes"]).items()}  # type: ignore[call-overload]
-            return cls(first_id=_whole(data["first_id"]), size=_whole(data["size"]), end_id=_whole(data["end_id"]),
-                       nodes=nodes, dialect=str(data.get("dialect", "lmgraph")),
-                       temperature=float(data.get("temperature", 1.0)),  # type: ignore[arg-type]
-                       base=str(data.get("base", "")))
+            return cls(
+                first_id=_whole(data["first_id"]),
+                size=_whole(data["size"]),
+                end_id=_whole(data["end_id"]),
+                nodes=nodes,
+                dialect=str(data.get("dialect", "lmgraph")),
+                temperature=float(data.get("temperature", 1.0)),  # type: ignore[arg-type]
+                base=str(data.get("base", "")),
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise VocabularyMismatch(f"vocabulary.json cannot be read: {error!r}.",
-                                     "Expected: first_id, size, end_id (integers) and nodes (name -> token).") from error
+            raise VocabularyMismatch(
+                f"vocabulary.json cannot be read: {error!r}.", "Expected: first_id, size, end_id (integers) and nodes (name -> token)."
+            ) from error
 
 
 def _whole(value: object) -> int:

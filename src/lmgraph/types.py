@@ -60,13 +60,20 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object; key order is stable."""
-        return {"node": self.node, "token": self.token, "probability": round(self.probability, 4),
-                "alternatives": [{"node": n, "probability": round(p, 4)} for n, p in self.alternatives],
-                "query": self.query, "rewritten": self.rewritten, "fallback": self.fallback, "chosen": self.chosen,
-                "rewrite_note": self.rewrite_note, "shortened": self.shortened,
-                "ms": {"tokenise": round(self.tokenise_ms, 2), "prefill": round(self.prefill_ms, 2),
-                       "decode": round(self.decode_ms, 2)},
-                "tokens": {"prompt": self.prompt_tokens, "rewrite": self.rewrite_tokens}}
+        return {
+            "node": self.node,
+            "token": self.token,
+            "probability": round(self.probability, 4),
+            "alternatives": [{"node": n, "probability": round(p, 4)} for n, p in self.alternatives],
+            "query": self.query,
+            "rewritten": self.rewritten,
+            "fallback": self.fallback,
+            "chosen": self.chosen,
+            "rewrite_note": self.rewrite_note,
+            "shortened": self.shortened,
+            "ms": {"tokenise": round(self.tokenise_ms, 2), "prefill": round(self.prefill_ms, 2), "decode": round(self.decode_ms, 2)},
+            "tokens": {"prompt": self.prompt_tokens, "rewrite": self.rewrite_tokens},
+        }
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,21 @@ class Trace:
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
-        return {"decision": self.decision.to_json() if self.decision else None,
-                "steps": [{"node": s.node, "request": s.request, "ms": round(s.ms, 1), "first_ms": round(s.first_ms, 1),
-                           "attempts": s.attempts, "error": s.error, "usage": dict(s.usage)} for s in self.steps]}
+        return {
+            "decision": self.decision.to_json() if self.decision else None,
+            "steps": [
+                {
+                    "node": s.node,
+                    "request": s.request,
+                    "ms": round(s.ms, 1),
+                    "first_ms": round(s.first_ms, 1),
+                    "attempts": s.attempts,
+                    "error": s.error,
+                    "usage": dict(s.usage),
+                }
+                for s in self.steps
+            ],
+        }
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     except LmgraphError as error:
         _show(error)
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback reaches a user
+    except Exception as error:
         if os.environ.get("PYTHONDEVMODE"):
             raise
         click.secho(f"Internal error: {type(error).__name__}: {error}", fg="red", err=True)

@@ -11,15 +11,21 @@ from typing import Any
 
 import click
 
-from lmgraph import graph as rules
+from lmgraph import graphfile
 from lmgraph.assets import atomic
 from lmgraph.cli import settings
 from lmgraph.cli.run import GRAPH, JSON
 from lmgraph.errors import GraphError, LmgraphError, UserError
 from lmgraph.graph import END, START
 
-EDITED = click.option("--graph", "-g", "path", type=click.Path(path_type=Path), help="graph.yaml to change (default: ./graph.yaml)",
-                      callback=lambda context, option, value: value or settings().graph or Path("graph.yaml"))
+EDITED = click.option(
+    "--graph",
+    "-g",
+    "path",
+    type=click.Path(path_type=Path),
+    help="graph.yaml to change (default: ./graph.yaml)",
+    callback=lambda context, option, value: value or settings().graph or Path("graph.yaml"),
+)
 
 
 @click.group()
@@ -37,14 +43,14 @@ def init(file: Path, force: bool) -> None:
     if file.exists() and not force:
         raise UserError(f"{file} exists.", "Use another name, or --force to write over it.")
     _write(file, "# yaml-language-server: $schema=graph.schema.json\n" + builtin_graph())
-    _write(file.with_name("graph.schema.json"), json.dumps(rules.schema(), indent=2) + "\n")
+    _write(file.with_name("graph.schema.json"), json.dumps(graphfile.schema(), indent=2) + "\n")
     click.echo(f"Wrote {file} and graph.schema.json. Look at it: lmgraph graph show --graph {file}")
 
 
 @graph.command()
 def schema() -> None:
     """Print the JSON Schema of graph.yaml."""
-    click.echo(json.dumps(rules.schema(), indent=2))
+    click.echo(json.dumps(graphfile.schema(), indent=2))
 
 
 @graph.command()
@@ -60,7 +66,7 @@ def show(path: Path | None, svg: Path | None, as_json: bool) -> None:
 
     given, _ = read_graph(path or settings().graph)
     if as_json:
-        print(json.dumps(given.to_dict(), ensure_ascii=False))
+        print(json.dumps(graphfile.to_dict(given), ensure_ascii=False))
     elif svg:
         _write(svg, graph_svg(given))
         click.echo(f"Wrote {svg}.")
@@ -103,10 +109,23 @@ def check(path: Path | None, as_json: bool) -> None:
 @click.option("--url", "urls", multiple=True, help="base URL of an OpenAI-compatible server (repeat for replicas)")
 @click.option("--key-env", default="", help="environment variable that holds the server's key")
 @click.option("--system", default="", help="system prompt")
-@click.option("--examples", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-              help="JSON Lines with `query`: fit this node's row from them (20 or more), so that the master knows it at once")
+@click.option(
+    "--examples",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON Lines with `query`: fit this node's row from them (20 or more), so that the master knows it at once",
+)
 @EDITED
-def add(name: str, description: str, token: int | None, model: str, urls: tuple[str, ...], key_env: str, system: str, examples: Path | None, path: Path) -> None:
+def add(
+    name: str,
+    description: str,
+    token: int | None,
+    model: str,
+    urls: tuple[str, ...],
+    key_env: str,
+    system: str,
+    examples: Path | None,
+    path: Path,
+) -> None:
     """Add node NAME; with --examples the master learns it in seconds, without retraining."""
     from lmgraph import bundles
     from lmgraph.runtime import read_graph
@@ -143,7 +162,7 @@ def add(name: str, description: str, token: int | None, model: str, urls: tuple[
             data.setdefault("master", {})["bundle"] = made
 
         _edit(path, change_both)
-        click.echo(f"Added {name} (token {token}); its row is in {made}. Try it: lmgraph route --graph {path} \"...\"")
+        click.echo(f'Added {name} (token {token}); its row is in {made}. Try it: lmgraph route --graph {path} "..."')
     else:
         _edit(path, change)
         click.echo(f"Added {name} (token {token}). Teach the master: lmgraph train heads --graph {path} --node {name} --examples FILE")
@@ -222,7 +241,7 @@ def _changed(path: Path, change: Callable[[Any], None]) -> str:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise GraphError(f"{path} cannot be read: {error.strerror}.", f"Make one: lmgraph graph init {path}") from error
-    rules.loads(text, str(path))
+    graphfile.loads(text, str(path))
     yaml = YAML()
     yaml.width = 150
     yaml.preserve_quotes = True
@@ -233,7 +252,7 @@ def _changed(path: Path, change: Callable[[Any], None]) -> str:
     change(data)
     buffer = io.StringIO()
     yaml.dump(data, buffer)
-    rules.loads(buffer.getvalue(), f"{path} after this change")
+    graphfile.loads(buffer.getvalue(), f"{path} after this change")
     return buffer.getvalue()
 
 
@@ -252,12 +271,12 @@ def _drop(rows: Any, name: str, whole: Any) -> None:
             break
         place = list(node)[-1] if isinstance(node, dict) else len(node) - 1
     keys = list(rows)
-    following = next(iter(keys[keys.index(name) + 1:]), None)
+    following = next(iter(keys[keys.index(name) + 1 :]), None)
     owner = rows
     if following is None:
         top = list(whole)
         section = next(key for key in top if whole[key] is rows)
-        owner, following = whole, next(iter(top[top.index(section) + 1:]), None)
+        owner, following = whole, next(iter(top[top.index(section) + 1 :]), None)
     del rows[name]
     if text and following is not None:
         owner.yaml_set_comment_before_after_key(following, before=text, indent=0 if owner is whole else width)

@@ -30,14 +30,37 @@ def evaluate() -> None:
 @click.option("--concurrency", type=click.IntRange(1, 64), default=4, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="folder for the report: JSON, Markdown, pictures")
 @JSON
-def routes(files: tuple[Path, ...], path: Path | None, bundle: str | None, rewriting: bool, styles: tuple[str, ...], kept: bool, sample: int | None,
-           concurrency: int, out: Path | None, as_json: bool) -> None:
-    """Router accuracy, macro-F1, top-2, calibration, confusions, rewrites, latency on FILES (JSON Lines with query or question, and node)."""
+def routes(
+    files: tuple[Path, ...],
+    path: Path | None,
+    bundle: str | None,
+    rewriting: bool,
+    styles: tuple[str, ...],
+    kept: bool,
+    sample: int | None,
+    concurrency: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Router accuracy, macro-F1, top-2, calibration, confusions, rewrites and latency on FILES.
+
+    FILES are JSON Lines (.gz too) with query or question, and node.
+    """
     asyncio.run(_routes(files, path, bundle, rewriting, styles, kept, sample, concurrency, out, as_json))
 
 
-async def _routes(files: tuple[Path, ...], path: Path | None, bundle: str | None, rewriting: bool, styles: tuple[str, ...], kept: bool,
-                  sample: int | None, concurrency: int, out: Path | None, as_json: bool) -> None:
+async def _routes(
+    files: tuple[Path, ...],
+    path: Path | None,
+    bundle: str | None,
+    rewriting: bool,
+    styles: tuple[str, ...],
+    kept: bool,
+    sample: int | None,
+    concurrency: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     from dataclasses import replace
 
     from rich.console import Console
@@ -66,7 +89,9 @@ async def _routes(files: tuple[Path, ...], path: Path | None, bundle: str | None
             async def decide(query: str) -> measuring.Decision:
                 return await master.decide(query, rewriting=rewriting)
 
-            found = await measuring.run(decide, rows, concurrency=concurrency, progress=lambda done, total: bars.progress("routing", done, total))
+            found = await measuring.run(
+                decide, rows, concurrency=concurrency, progress=lambda done, total: bars.progress("routing", done, total)
+            )
     metrics = measuring.measure(found, list(given.nodes))
     command = "lmgraph " + shlex.join(sys.argv[1:])
     if out:

@@ -16,8 +16,12 @@ import click
 from lmgraph.cli import settings
 from lmgraph.errors import DataError, QueryError
 
-GRAPH = click.option("--graph", "-g", "path", type=click.Path(path_type=Path), help="graph.yaml to use (default: ./graph.yaml, else the built-in graph)")
-PROFILE = click.option("--profile", type=click.Choice(["standard", "tiny"]), help="tiny: SmolLM2-135M in place of every catalogue model (98 MB)")
+GRAPH = click.option(
+    "--graph", "-g", "path", type=click.Path(path_type=Path), help="graph.yaml to use (default: ./graph.yaml, else the built-in graph)"
+)
+PROFILE = click.option(
+    "--profile", type=click.Choice(["standard", "tiny"]), help="tiny: SmolLM2-135M in place of every catalogue model (98 MB)"
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="write JSON for programs")
 REWRITE = click.option("--rewrite/--no-rewrite", "rewriting", default=None, help="override the nodes' own rewrite setting")
 
@@ -31,8 +35,16 @@ REWRITE = click.option("--rewrite/--no-rewrite", "rewriting", default=None, help
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy")
 @click.option("--trace", "show_trace", is_flag=True, help="show steps and times after the answer")
 @JSON
-def ask(query: tuple[str, ...], path: Path | None, profile: str | None, node: str | None, max_tokens: int | None, temperature: float | None,
-        show_trace: bool, as_json: bool) -> None:
+def ask(
+    query: tuple[str, ...],
+    path: Path | None,
+    profile: str | None,
+    node: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    show_trace: bool,
+    as_json: bool,
+) -> None:
     """Ask QUERY: the master picks an expert and rewrites the query; the expert's answer is streamed.
 
     QUERY - reads the question from stdin.
@@ -41,14 +53,22 @@ def ask(query: tuple[str, ...], path: Path | None, profile: str | None, node: st
     asyncio.run(_ask(_characters(text), path, profile, node, max_tokens, temperature, show_trace, as_json))
 
 
-async def _ask(query: str, path: Path | None, profile: str | None, node: str | None, max_tokens: int | None, temperature: float | None,
-               show_trace: bool, as_json: bool) -> None:
+async def _ask(
+    query: str,
+    path: Path | None,
+    profile: str | None,
+    node: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    show_trace: bool,
+    as_json: bool,
+) -> None:
     from lmgraph.cli.show import Bars, console, decision_lines, out
     from lmgraph.runtime import Runtime
     from lmgraph.types import Ask, Decision, Message
 
     if not query.strip():
-        raise QueryError("The query is empty.", "Give a question: lmgraph ask \"...\"")
+        raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
     with Bars() as bars:
         async with Runtime.open(settings(profile=profile), path, bars) as runtime:
             vocabulary = None if node else (await runtime.master()).vocabulary
@@ -82,8 +102,12 @@ async def _ask(query: str, path: Path | None, profile: str | None, node: str | N
             if show_trace:
                 console.print()
                 for step in trace.steps:
-                    console.print(f"{step.node}: first piece {step.first_ms:.0f} ms, {step.ms:.0f} ms in all, attempt {step.attempts}, {dict(step.usage)}",
-                                  style="dim", markup=False)
+                    console.print(
+                        f"{step.node}: first piece {step.first_ms:.0f} ms, {step.ms:.0f} ms in all, "
+                        f"attempt {step.attempts}, {dict(step.usage)}",
+                        style="dim",
+                        markup=False,
+                    )
 
 
 @click.command()
@@ -149,13 +173,18 @@ def read_queries(text: str, name: str) -> list[dict[str, Any]]:
             bad.append(f"{name}:{number}: {error}")
     if bad:
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise DataError(f"{len(bad)} of {len(lines)} lines cannot be used:\n  " + "\n  ".join(bad[:10]) + more, "Each line is one object: {\"query\": \"...\"}")
+        raise DataError(
+            f"{len(bad)} of {len(lines)} lines cannot be used:\n  " + "\n  ".join(bad[:10]) + more,
+            'Each line is one object: {"query": "..."}',
+        )
     if not rows:
-        raise DataError(f"{name} holds no queries.", "Each line is one object: {\"query\": \"...\"}")
+        raise DataError(f"{name} holds no queries.", 'Each line is one object: {"query": "..."}')
     return rows
 
 
 async def _route(rows: list[dict[str, Any]], path: Path | None, rewriting: bool | None, as_json: bool, single: bool) -> None:
+    from rich.console import Console
+
     from lmgraph.cli.show import Bars, console, decision_lines
     from lmgraph.runtime import Runtime
 
@@ -172,12 +201,11 @@ async def _route(rows: list[dict[str, Any]], path: Path | None, rewriting: bool 
                     extra = {"id": row["id"]} if "id" in row else {}
                     print(json.dumps({**extra, **decision.to_json()}, ensure_ascii=False), flush=True)
                 elif single:
-                    console.file.flush()
                     bars.stop()
-                    from rich.console import Console
                     Console(highlight=False).print(decision_lines(decision, master.vocabulary.name(decision.token)))
                 else:
-                    print(f"{decision.node}\t{decision.probability:.3f}\t{decision.rewritten if not decision.rewrite_note else decision.query}".replace("\n", " "))
+                    request = (decision.query if decision.rewrite_note else decision.rewritten).replace("\n", " ")
+                    print(f"{decision.node}\t{decision.probability:.3f}\t{request}")
             took = time.perf_counter() - began
             if not single:
                 console.print(f"{done} queries in {took:.1f} s: {done / took:.1f} a second", style="dim")

@@ -34,8 +34,15 @@ class Bars:
         """Show `done` of `total`; bytes when the task fetches something."""
         if self._progress is None:
             amount = DownloadColumn() if task.startswith("fetching") else MofNCompleteColumn()
-            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn(), console=console, transient=True,
-                                      redirect_stdout=sys.stdout.isatty())  # else results on their way to a file would land on the terminal
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                amount,
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),
+            )  # else results on their way to a file would land on the terminal
             self._progress.start()
         if task not in self._tasks:
             if not console.is_terminal:
@@ -72,7 +79,10 @@ def decision_lines(decision: Decision, token: str) -> Text:
     if decision.fallback:
         out.append(f"\n  below the threshold: {decision.node} answers", style="yellow")
     if decision.shortened:
-        out.append(f"\n  the master read head and tail of a long query ({decision.shortened} tokens left out); the worker gets it whole", style="yellow")
+        out.append(
+            f"\n  the master read head and tail of a long query ({decision.shortened} tokens left out); the worker gets it whole",
+            style="yellow",
+        )
     out.append("\n  ")
     out.append(decision.rewritten if len(decision.rewritten) < 600 else decision.rewritten[:600] + " ...", style="cyan")
     if decision.rewrite_note:
@@ -82,7 +92,12 @@ def decision_lines(decision: Decision, token: str) -> Text:
 
 def graph_tree(given: Graph) -> Tree:
     """The graph as a tree from start, two levels deep, with token and worker of each node."""
-    root = Tree(Text(f"start (master: {given.master.bundle}, threshold {given.master.threshold:g}, fallback {given.master.fallback or '-'})", style="bold"))
+    root = Tree(
+        Text(
+            f"start (master: {given.master.bundle}, threshold {given.master.threshold:g}, fallback {given.master.fallback or '-'})",
+            style="bold",
+        )
+    )
     for name in given.neighbours(START):
         node = given.nodes[name]
         line = Text()
@@ -105,27 +120,41 @@ def graph_svg(given: Graph) -> str:
     height = top * 2 + row * max(1, len(names))
     middle = height / 2
     where = {name: top + row * i + row / 2 for i, name in enumerate(names)}
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{height:.0f}" viewBox="0 0 980 {height:.0f}" font-family="sans-serif" font-size="13">',
-             '<rect width="100%" height="100%" fill="#fff"/>',
-             '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-             '<path d="M0 0 L8 4 L0 8 z" fill="#778"/></marker></defs>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{height:.0f}" viewBox="0 0 980 {height:.0f}" '
+        'font-family="sans-serif" font-size="13">',
+        '<rect width="100%" height="100%" fill="#fff"/>',
+        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0 L8 4 L0 8 z" fill="#778"/></marker></defs>',
+    ]
     for name in given.neighbours(START):
         if name != END:
-            parts.append(f'<path d="M110 {middle:.0f} C150 {middle:.0f} 150 {where[name]:.0f} {left - 4} {where[name]:.0f}" fill="none" stroke="#99a" marker-end="url(#a)"/>')
+            parts.append(
+                f'<path d="M110 {middle:.0f} C150 {middle:.0f} 150 {where[name]:.0f} {left - 4} {where[name]:.0f}" '
+                'fill="none" stroke="#99a" marker-end="url(#a)"/>'
+            )
     for name in names:
         for other in given.neighbours(name):
             if other != END:
                 bend = 560 + min(300, abs(where[name] - where[other]) / 2 + 40)
-                parts.append(f'<path d="M520 {where[name]:.0f} C{bend:.0f} {where[name]:.0f} {bend:.0f} {where[other]:.0f} 524 {where[other]:.0f}" '
-                             'fill="none" stroke="#b58" stroke-opacity="0.6" marker-end="url(#a)"/>')
-    parts.append(f'<rect x="20" y="{middle - 22:.0f}" width="90" height="44" rx="8" fill="#245" /><text x="65" y="{middle + 5:.0f}" fill="#fff" text-anchor="middle">master</text>')
+                parts.append(
+                    f'<path d="M520 {where[name]:.0f} C{bend:.0f} {where[name]:.0f} {bend:.0f} {where[other]:.0f} 524 {where[other]:.0f}" '
+                    'fill="none" stroke="#b58" stroke-opacity="0.6" marker-end="url(#a)"/>'
+                )
+    parts.append(
+        f'<rect x="20" y="{middle - 22:.0f}" width="90" height="44" rx="8" fill="#245"/>'
+        f'<text x="65" y="{middle + 5:.0f}" fill="#fff" text-anchor="middle">master</text>'
+    )
     for name, node in given.nodes.items():
         y = where[name]
         ends = "" if END not in given.neighbours(name) and given.neighbours(name) else " &#9632;"
-        parts.append(f'<rect x="{left}" y="{y - 14:.0f}" width="330" height="28" rx="6" fill="#eef3f8" stroke="#567"/>'
-                     f'<text x="{left + 10}" y="{y + 5:.0f}" fill="#a26">&lt;fn_{node.token}&gt;</text>'
-                     f'<text x="{left + 72}" y="{y + 5:.0f}" fill="#123" font-weight="bold">{escape(name)}{ends}</text>'
-                     f'<text x="{left + 320}" y="{y + 5:.0f}" fill="#678" text-anchor="end" font-size="11">{escape((node.worker.model or node.worker.kind)[:24])}</text>')
+        parts.append(
+            f'<rect x="{left}" y="{y - 14:.0f}" width="330" height="28" rx="6" fill="#eef3f8" stroke="#567"/>'
+            f'<text x="{left + 10}" y="{y + 5:.0f}" fill="#a26">&lt;fn_{node.token}&gt;</text>'
+            f'<text x="{left + 72}" y="{y + 5:.0f}" fill="#123" font-weight="bold">{escape(name)}{ends}</text>'
+            f'<text x="{left + 320}" y="{y + 5:.0f}" fill="#678" text-anchor="end" font-size="11">'
+            f"{escape((node.worker.model or node.worker.kind)[:24])}</text>"
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -15,12 +15,21 @@ from lmgraph.cli import settings
 from lmgraph.cli.run import GRAPH
 from lmgraph.errors import DataError, MissingExtra, UserError
 
-DATA = click.option("--data", "files", type=click.Path(path_type=Path), multiple=True, required=True, help="JSON Lines with query, node, rewrite (repeat)")
-CHECK = click.option("--check", "checks", type=click.Path(path_type=Path), multiple=True,
-                     help="more examples to validate on, never trained on (repeat); a tenth of --data is always kept aside")
+DATA = click.option(
+    "--data", "files", type=click.Path(path_type=Path), multiple=True, required=True, help="JSON Lines with query, node, rewrite (repeat)"
+)
+CHECK = click.option(
+    "--check",
+    "checks",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="more examples to validate on, never trained on (repeat); a tenth of --data is always kept aside",
+)
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="folder for the new bundle")
 BASE = click.option("--base", default="smollm2-135m", show_default=True, help="catalogue name of the base weights, or a GGUF file")
-TOKENS = click.option("--tokens", "size", type=click.IntRange(1, 100_000), default=64, show_default=True, help="functional tokens to reserve")
+TOKENS = click.option(
+    "--tokens", "size", type=click.IntRange(1, 100_000), default=64, show_default=True, help="functional tokens to reserve"
+)
 
 
 @click.group()
@@ -42,12 +51,32 @@ def train() -> None:
 @click.option("--batch-tokens", type=click.IntRange(64), default=1536, show_default=True)
 @click.option("--rewrite-weight", type=click.FloatRange(0), default=0.5, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path, exists=True, file_okay=False), help="bundle to go on from, instead of the bare base")
-@click.option("--replay", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="share of the first --data files to use (all but the last file)")
+@click.option(
+    "--start", type=click.Path(path_type=Path, exists=True, file_okay=False), help="bundle to go on from, instead of the bare base"
+)
+@click.option(
+    "--replay",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="share of the first --data files to use (all but the last file)",
+)
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="0: what torch chooses")
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, exists=True), help="recipe.json of another run; options given here win")
-def tune(files: tuple[Path, ...], checks: tuple[Path, ...], out: Path, base: str, path: Path | None, size: int, recipe_file: Path | None,
-         start: Path | None, replay: float, **options: Any) -> None:
+@click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path, exists=True), help="recipe.json of another run; options given here win"
+)
+def tune(
+    files: tuple[Path, ...],
+    checks: tuple[Path, ...],
+    out: Path,
+    base: str,
+    path: Path | None,
+    size: int,
+    recipe_file: Path | None,
+    start: Path | None,
+    replay: float,
+    **options: Any,
+) -> None:
     """LoRA on the trunk and rows for the functional tokens of a graph. Goes on from the last checkpoint in --out.
 
     Leaves weights, vocabulary, recipe, log, plot, metrics and card in --out: a bundle that graph.yaml can name.
@@ -71,13 +100,20 @@ def tune(files: tuple[Path, ...], checks: tuple[Path, ...], out: Path, base: str
     if recipe_file:
         known = {f.name for f in fields(tuning.Recipe)}
         recipe = replace(recipe, **{k: v for k, v in json.loads(recipe_file.read_text()).items() if k in known})
-    given_options = {k: v for k, v in options.items()
-                     if not recipe_file or click.get_current_context().get_parameter_source(k) == click.core.ParameterSource.COMMANDLINE}
+    given_options = {
+        k: v
+        for k, v in options.items()
+        if not recipe_file or click.get_current_context().get_parameter_source(k) == click.core.ParameterSource.COMMANDLINE
+    }
     recipe = replace(recipe, **given_options)
     click.echo(f"{len(training)} examples, {len(kept)} kept aside, {len(given.nodes)} nodes, base {base_file.name}", err=True)
-    metrics = tuning.main(base_file, training, validation, vocabulary, recipe, out, log=lambda line: click.echo(line, err=True), start=start)
+    metrics = tuning.main(
+        base_file, training, validation, vocabulary, recipe, out, log=lambda line: click.echo(line, err=True), start=start
+    )
     with Bars() as bars:
-        calibration = asyncio.run(heads.finish(out, base_file, out / "merged.gguf", training, kept, recipe.query_limit, using.threads, bars.progress))
+        calibration = asyncio.run(
+            heads.finish(out, base_file, out / "merged.gguf", training, kept, recipe.query_limit, using.threads, bars.progress)
+        )
     (out / "merged.gguf").unlink()
     metrics["calibration"] = calibration
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -102,19 +138,31 @@ def _ground(path: Path | None, base: str, size: int) -> tuple[Any, Any, Path]:
     first = len(gguf.GGUFReader(base_file).fields["tokenizer.ggml.tokens"].data)
     tokens = {name: node.token for name, node in given.nodes.items()}
     if max(tokens.values()) >= size:
-        raise UserError(f"The graph uses functional token {max(tokens.values())}, only 0..{size - 1} are reserved.", "Reserve more with --tokens.")
+        raise UserError(
+            f"The graph uses functional token {max(tokens.values())}, only 0..{size - 1} are reserved.", "Reserve more with --tokens."
+        )
     return given, Vocabulary(first, size, first + size, tokens, base=known), base_file
 
 
 @train.command("heads")
 @click.option("--node", help="fit only this node's row, against a trained bundle (20 example queries are enough)")
 @click.option("--examples", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="with --node: JSON Lines with `query`")
-@click.option("--data", "files", type=click.Path(path_type=Path), multiple=True, help="without --node: JSON Lines with query and node, for every row of the graph")
-@click.option("--out", type=click.Path(path_type=Path), help="folder for the new bundle (default with --node: bundles/NAME beside the graph)")
+@click.option(
+    "--data",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="without --node: JSON Lines with query and node, for every row of the graph",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="folder for the new bundle (default with --node: bundles/NAME beside the graph)"
+)
 @BASE
 @TOKENS
 @GRAPH
-def heads_(node: str | None, examples: Path | None, files: tuple[Path, ...], out: Path | None, base: str, size: int, path: Path | None) -> None:
+def heads_(
+    node: str | None, examples: Path | None, files: tuple[Path, ...], out: Path | None, base: str, size: int, path: Path | None
+) -> None:
     """Fit functional rows on frozen hidden states: no torch, no retraining.
 
     With --node: one row more on a trained bundle; graph.yaml is pointed at the new bundle. Without: all rows of a graph on an
@@ -129,7 +177,10 @@ def heads_(node: str | None, examples: Path | None, files: tuple[Path, ...], out
         target = path or settings().graph or Path("graph.yaml")
         given, _ = read_graph(target)
         if node not in given.nodes:
-            raise UserError(f"There is no node {node!r} in {target}.", f"Add it: lmgraph graph add {node} --graph {target} --description ... --examples {examples}")
+            raise UserError(
+                f"There is no node {node!r} in {target}.",
+                f"Add it: lmgraph graph add {node} --graph {target} --description ... --examples {examples}",
+            )
         made = asyncio.run(fit_node(target, node, given.nodes[node].token, examples, out))
 
         def change(data: Any) -> None:
@@ -163,7 +214,9 @@ async def fit_node(path: Path, node: str, token: int, examples: Path, out: Path 
     target = out or beside / "bundles" / f"{path.stem}-{node}"
     with Bars() as bars:
         merged, _ = await asyncio.to_thread(master_file, given.master.bundle, using.cache, folder, bars)
-        made = await heads.add_node(bundle, merged, node, token, queries, target, QUERY_LIMIT, using.threads, lambda a, b: bars.progress("reading examples", a, b))
+        made = await heads.add_node(
+            bundle, merged, node, token, queries, target, QUERY_LIMIT, using.threads, lambda a, b: bars.progress("reading examples", a, b)
+        )
         row = bundles.read_tensors(made.weights)["output_rows"][token]
         bundles.patch(merged, bundles.merged_path(made, using.cache), {token: row}, made.vocabulary, made.name)
     click.echo(f"{node}: token {token}, {len(queries)} examples, {time.perf_counter() - began:.1f} s", err=True)
@@ -189,13 +242,20 @@ async def _all_rows(files: tuple[Path, ...], out: Path, base: str, size: int, pa
     engine = await Engine.open(base_file, context=1024, slots=4, threads=using.threads, states=True)
     with Bars() as bars:
         try:
-            features = await heads.states(engine, vocabulary, [e.query for e in [*training, *kept]], QUERY_LIMIT, lambda a, b: bars.progress("hidden states", a, b))
+            features = await heads.states(
+                engine, vocabulary, [e.query for e in [*training, *kept]], QUERY_LIMIT, lambda a, b: bars.progress("hidden states", a, b)
+            )
         finally:
             await engine.close()
     cut = len(training)
     fitted = heads.fit_all(features[:cut], labels[:cut], len(vocabulary.nodes), features[cut:], labels[cut:])
     heads.rows_bundle(out, vocabulary, fitted, features.shape[1])
-    metrics = {"examples": cut, "kept": {"accuracy": fitted.accuracy, "loss": fitted.loss, "n": len(kept)}, "penalty": fitted.penalty, "temperature": fitted.temperature}
+    metrics = {
+        "examples": cut,
+        "kept": {"accuracy": fitted.accuracy, "loss": fitted.loss, "n": len(kept)},
+        "penalty": fitted.penalty,
+        "temperature": fitted.temperature,
+    }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     click.echo(json.dumps(metrics))
 

@@ -29,7 +29,9 @@ def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify:
         raise AssetError(f"Not in the catalogue: {', '.join(unknown)}.", f"Valid: {', '.join(assets.CATALOGUE)}")
     given, folder = runtime.read_graph(path or using.graph)
     given = runtime.with_profile(given, using.profile)
-    wanted = list(names) or sorted({n.worker.model for n in given.nodes.values() if n.worker.kind == "embedded" and n.worker.model in assets.CATALOGUE})
+    wanted = list(names) or sorted(
+        {n.worker.model for n in given.nodes.values() if n.worker.kind == "embedded" and n.worker.model in assets.CATALOGUE}
+    )
     with Bars() as bars:
         for name in wanted:
             asset = assets.CATALOGUE[name]
@@ -72,8 +74,16 @@ def show_bundle(name: str, as_json: bool) -> None:
 
     found = bundles.read(name)
     if as_json:
-        print(json.dumps({"name": found.name, "vocabulary": {**found.vocabulary.to_json(), "digest": found.vocabulary.digest},
-                          "digest": found.digest, "metrics": dict(found.metrics)}))
+        print(
+            json.dumps(
+                {
+                    "name": found.name,
+                    "vocabulary": {**found.vocabulary.to_json(), "digest": found.vocabulary.digest},
+                    "digest": found.digest,
+                    "metrics": dict(found.metrics),
+                }
+            )
+        )
         return
     card = found.folder / "card.md"
     if card.exists():

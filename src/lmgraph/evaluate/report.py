@@ -56,8 +56,10 @@ def markdown(metrics: Metrics, title: str, command: str) -> str:
         parts.append("![Reliability: accuracy by probability](calibration.png)")
     else:
         parts.append(f"Not drawn: matplotlib is not installed. {MissingExtra('Drawing', 'eval').hint}")
-    parts.append("Intervals are 95 %: Wilson (1927) for shares, percentile bootstrap for macro-F1. ECE: 15 equal bins (Guo et al. 2017). "
-                 "Precision is - where a node was never chosen, recall where it was never the truth.")
+    parts.append(
+        "Intervals are 95 %: Wilson (1927) for shares, percentile bootstrap for macro-F1. ECE: 15 equal bins (Guo et al. 2017). "
+        "Precision is - where a node was never chosen, recall where it was never the truth."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,34 +99,47 @@ def _tables(metrics: Metrics) -> list[_Table]:
     summary: list[_Cells] = [
         ("queries", f"{metrics['n']:,}", f"{metrics['shortened']:,} shortened"),
         ("router accuracy", _percent(router["accuracy"]), _interval(router["interval"])),
-        ("accuracy after fallback", _percent(fallback["accuracy"]),
-         f"{_interval(fallback['interval'])}, fallback for {_percent(fallback['share'])}"),
+        (
+            "accuracy after fallback",
+            _percent(fallback["accuracy"]),
+            f"{_interval(fallback['interval'])}, fallback for {_percent(fallback['share'])}",
+        ),
         ("top-2 accuracy", _percent(router["top2"]), ""),
         ("macro-F1", _percent(router["macro_f1"]), _interval(router["macro_f1_interval"])),
         ("calibration error (ECE)", _percent(found["ece"]), f"mean probability {_percent(found['mean_probability'])}"),
         ("baseline: always one node", _percent(base["majority"]), base["majority_node"]),
         ("baseline: random", _percent(base["random"]), f"{len(metrics['nodes'])} nodes"),
         ("rewrites that passed", _percent(rewrites["passed_share"]), f"{rewrites['passed']:,} of {rewrites['attempted']:,}"),
-        ("decision time, median", f"{decision['median']:.1f} ms", f"p95 {decision['p95']:.1f} ms")]
-    nodes: list[_Cells] = [(name, f"{row['n']:,}", f"{row['chosen']:,}", *(_percent(row[key]) for key in ("precision", "recall", "f1")))
-                           for name, row in metrics["per_node"].items()]
-    worst: list[_Cells] = [(truth, chosen, f"{count:,}", _percent(count / metrics["per_node"][truth]["n"]))
-                           for truth, chosen, count in confusions(metrics)]
-    return [("Summary", ("measure", "value", "detail"), summary),
-            ("Nodes", ("node", "n", "chosen", "precision", "recall", "F1"), nodes),
-            ("Worst confusions", ("truth", "chosen", "count", "of the truth"), worst or [("none", "", "", "")])]
+        ("decision time, median", f"{decision['median']:.1f} ms", f"p95 {decision['p95']:.1f} ms"),
+    ]
+    nodes: list[_Cells] = [
+        (name, f"{row['n']:,}", f"{row['chosen']:,}", *(_percent(row[key]) for key in ("precision", "recall", "f1")))
+        for name, row in metrics["per_node"].items()
+    ]
+    worst: list[_Cells] = [
+        (truth, chosen, f"{count:,}", _percent(count / metrics["per_node"][truth]["n"])) for truth, chosen, count in confusions(metrics)
+    ]
+    return [
+        ("Summary", ("measure", "value", "detail"), summary),
+        ("Nodes", ("node", "n", "chosen", "precision", "recall", "F1"), nodes),
+        ("Worst confusions", ("truth", "chosen", "count", "of the truth"), worst or [("none", "", "", "")]),
+    ]
 
 
 def _more_tables(metrics: Metrics) -> list[_Table]:
     out: list[_Table] = []
     for key, label in (("by_lang", "language"), ("by_style", "style")):
-        groups: list[_Cells] = [(name, f"{row['n']:,}", _percent(row["accuracy"]), _interval(row["interval"]))
-                                for name, row in metrics[key].items()]
+        groups: list[_Cells] = [
+            (name, f"{row['n']:,}", _percent(row["accuracy"]), _interval(row["interval"])) for name, row in metrics[key].items()
+        ]
         out.append((f"By {label}", (label, "n", "accuracy", "interval"), groups))
     times: list[_Cells] = [(name, *(f"{row[k]:.1f}" for k in ("median", "p95", "mean"))) for name, row in metrics["latency_ms"].items()]
     notes: list[_Cells] = [(note, f"{count:,}") for note, count in metrics["rewrites"]["notes"].items()]
-    return [*out, ("Latency in ms", ("part", "median", "p95", "mean"), times),
-            ("Why the original query was passed on", ("note", "count"), notes or [("none", "0")])]
+    return [
+        *out,
+        ("Latency in ms", ("part", "median", "p95", "mean"), times),
+        ("Why the original query was passed on", ("note", "count"), notes or [("none", "0")]),
+    ]
 
 
 def _percent(share: float | None) -> str:
@@ -150,7 +165,7 @@ def _rich(title: str, head: _Cells, rows: list[_Cells]) -> Table:
 
 
 def _label(name: str) -> str:
-    return name if len(name) <= LABEL else name[:LABEL - 1] + "…"
+    return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
 
 
 def _right(metrics: Metrics) -> str:
@@ -179,8 +194,15 @@ def _confusion(metrics: Metrics) -> Any:
     for t, row in enumerate(counts):
         for c, count in enumerate(row):
             if count:
-                axes.text(c, t, f"{count}", ha="center", va="center", fontsize=8 if count < 1000 else 7,
-                          color="white" if shares[t][c] > 0.5 else "black")
+                axes.text(
+                    c,
+                    t,
+                    f"{count}",
+                    ha="center",
+                    va="center",
+                    fontsize=8 if count < 1000 else 7,
+                    color="white" if shares[t][c] > 0.5 else "black",
+                )
     figure.colorbar(image, ax=axes, label="share of the truth's queries", shrink=0.7, pad=0.02)
     return figure
 
@@ -200,8 +222,9 @@ def _calibration(metrics: Metrics) -> Any:
     upper.plot(means, means, "o", color=ORANGE, markersize=6, label="mean probability in the bin")
     upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2, label="perfectly calibrated")
     upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
-    upper.set_title(f"Router: {_right(metrics)}\nECE {_percent(found['ece'])}, mean probability {_percent(found['mean_probability'])}",
-                    fontsize=11)
+    upper.set_title(
+        f"Router: {_right(metrics)}\nECE {_percent(found['ece'])}, mean probability {_percent(found['mean_probability'])}", fontsize=11
+    )
     upper.legend(loc="upper left", frameon=False)
     lower.bar(lows, [b["count"] for b in bins], color=GREY, **bar)
     for b in bins:

@@ -114,23 +114,43 @@ def measure(rows: Sequence[Row], nodes: Sequence[str], seed: int = 0) -> dict[st
     notes = Counter(" ".join(row.decision.rewrite_note.split()[:3]) for row in rows if row.decision.rewrite_note)
     top = int(np.argmax(truths))
     return {
-        "n": n, "nodes": list(nodes),
-        "router": {**_share(correct, n), "top2": sum(row.truth in [name for name, _ in row.decision.alternatives[:2]] for row in rows) / n,
-                   "macro_f1": float(_macro_f1(hits, truths, choices)), "macro_f1_interval": _bootstrap(counts, seed), "seed": seed},
+        "n": n,
+        "nodes": list(nodes),
+        "router": {
+            **_share(correct, n),
+            "top2": sum(row.truth in [name for name, _ in row.decision.alternatives[:2]] for row in rows) / n,
+            "macro_f1": float(_macro_f1(hits, truths, choices)),
+            "macro_f1_interval": _bootstrap(counts, seed),
+            "seed": seed,
+        },
         "fallback": {**_share(sum(row.decision.node == row.truth for row in rows), n), "fallbacks": fallbacks, "share": fallbacks / n},
         "calibration": calibration([row.decision.probability for row in rows], [row.decision.chosen == row.truth for row in rows]),
         "confusion": counts.tolist(),
-        "per_node": {name: {"n": int(truths[i]), "chosen": int(choices[i]), "precision": _ratio(hits[i], choices[i]),
-                            "recall": _ratio(hits[i], truths[i]), "f1": _ratio(2 * hits[i], truths[i] + choices[i])}
-                     for name, i in index.items()},
-        "by_lang": _by([row.lang for row in rows], rows), "by_style": _by([row.style for row in rows], rows),
+        "per_node": {
+            name: {
+                "n": int(truths[i]),
+                "chosen": int(choices[i]),
+                "precision": _ratio(hits[i], choices[i]),
+                "recall": _ratio(hits[i], truths[i]),
+                "f1": _ratio(2 * hits[i], truths[i] + choices[i]),
+            }
+            for name, i in index.items()
+        },
+        "by_lang": _by([row.lang for row in rows], rows),
+        "by_style": _by([row.style for row in rows], rows),
         "baselines": {"majority": int(truths[top]) / n, "majority_node": nodes[top], "random": 1 / len(nodes)},
-        "rewrites": {"attempted": len(attempted), "passed": passed, "passed_share": _ratio(passed, len(attempted)),
-                     "notes": dict(sorted(notes.items(), key=lambda item: (-item[1], item[0])))},
-        "latency_ms": {"tokenise": _times([row.decision.tokenise_ms for row in rows]),
-                       "prefill": _times([row.decision.prefill_ms for row in rows]),
-                       "decode": _times([row.decision.decode_ms for row in rows]),
-                       "decision": _times([row.decision.tokenise_ms + row.decision.prefill_ms for row in rows])},
+        "rewrites": {
+            "attempted": len(attempted),
+            "passed": passed,
+            "passed_share": _ratio(passed, len(attempted)),
+            "notes": dict(sorted(notes.items(), key=lambda item: (-item[1], item[0]))),
+        },
+        "latency_ms": {
+            "tokenise": _times([row.decision.tokenise_ms for row in rows]),
+            "prefill": _times([row.decision.prefill_ms for row in rows]),
+            "decode": _times([row.decision.decode_ms for row in rows]),
+            "decision": _times([row.decision.tokenise_ms + row.decision.prefill_ms for row in rows]),
+        },
         "shortened": sum(row.decision.shortened > 0 for row in rows),
     }
 

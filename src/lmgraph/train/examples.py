@@ -54,8 +54,10 @@ def load(paths: Iterable[Path]) -> list[Example]:
                     if line.strip():
                         examples.append(_parse(line, f"{path.name}:{number}"))
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise DataError(f"{path.name}:{number + 1}: cannot be read: {error}.",
-                            "Expected JSON Lines in UTF-8, gzip-compressed where the name ends in .gz.") from error
+            raise DataError(
+                f"{path.name}:{number + 1}: cannot be read: {error}.",
+                "Expected JSON Lines in UTF-8, gzip-compressed where the name ends in .gz.",
+            ) from error
     if not examples:
         raise DataError("No examples found.", "Expected JSON Lines with query, node and (optional) rewrite.")
     return examples
@@ -68,7 +70,9 @@ def _parse(line: str, where: str) -> Example:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: holds half of a surrogate pair, which is no character.") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({getattr(error, 'msg', error)}).", "Each line is one object: {\"query\": ..., \"node\": ...}") from error
+        raise DataError(
+            f"{where}: not JSON ({getattr(error, 'msg', error)}).", 'Each line is one object: {"query": ..., "node": ...}'
+        ) from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: found {type(row).__name__}, expected an object.")
     query = row.get("query", row.get("question"))

@@ -27,7 +27,9 @@ ANCHORS = 30
 """queries a node whose states are kept in a bundle, so that a later row is fitted against them"""
 
 
-async def states(engine: Engine, vocabulary: Vocabulary, queries: Sequence[str], limit: int, progress: Callable[[int, int], None] | None = None) -> Array:
+async def states(
+    engine: Engine, vocabulary: Vocabulary, queries: Sequence[str], limit: int, progress: Callable[[int, int], None] | None = None
+) -> Array:
     """Hidden states (N, D) float32 at the last token of each query's prompt; the engine was opened with states=True."""
     head, _, tail = prompts.render("", vocabulary.dialect)
     before, after = await engine.tokenise(head.text, True), await engine.tokenise(tail.text, True)
@@ -60,8 +62,16 @@ def log_loss(logits: Array, labels: Array) -> float:
     return float((np.log(np.exp(logits - top).sum(1)) + top[:, 0] - logits[np.arange(len(labels)), labels]).mean())
 
 
-def fit(features: Array, labels: Array, classes: int, penalty: float, *, fixed: Array | None = None, weights: Array | None = None,
-        iterations: int = 800) -> Array:
+def fit(
+    features: Array,
+    labels: Array,
+    classes: int,
+    penalty: float,
+    *,
+    fixed: Array | None = None,
+    weights: Array | None = None,
+    iterations: int = 800,
+) -> Array:
     """Rows (classes, D) that minimise weighted log loss + penalty/2 |rows|^2 (features scaled to unit root mean square).
 
     `fixed` logits (N, F) of rows that stay as they are come before the fitted ones in label numbering. Accelerated
@@ -81,7 +91,11 @@ def fit(features: Array, labels: Array, classes: int, penalty: float, *, fixed: 
         logits = x @ look.T if fixed is None else np.concatenate([fixed, x @ look.T], axis=1)
         error = (softmax(logits) - hot)[:, offset:] * share[:, None]
         new = look - step * (error.T @ x + penalty * look)
-        loss = log_loss(logits, labels) if weights is None else float(-(share * np.log(softmax(logits)[np.arange(len(x)), labels] + 1e-12)).sum())
+        loss = (
+            log_loss(logits, labels)
+            if weights is None
+            else float(-(share * np.log(softmax(logits)[np.arange(len(x)), labels] + 1e-12)).sum())
+        )
         following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2 if loss <= previous else 1.0
         look = new + ((momentum - 1) / following if loss <= previous else 0) * (new - rows)
         rows, momentum, previous = new, following, loss
@@ -147,7 +161,9 @@ def save_anchors(path: Path, features: Array, labels: Sequence[str]) -> None:
 def load_anchors(path: Path) -> tuple[Array, list[str]]:
     """(states (N, D) float32, node names). Raises DataError when the bundle has none."""
     if not path.exists():
-        raise DataError(f"{path} is missing: this bundle keeps no anchor states.", "Make them again: lmgraph train tune, or use a bundle that has them.")
+        raise DataError(
+            f"{path} is missing: this bundle keeps no anchor states.", "Make them again: lmgraph train tune, or use a bundle that has them."
+        )
     with np.load(path, allow_pickle=False) as data:
         return data["states"].astype(np.float32), [str(n) for n in data["nodes"]]
 
@@ -173,8 +189,16 @@ def index(labels: Sequence[str], nodes: Mapping[str, int]) -> Array:
     return np.array([order[name] for name in labels])
 
 
-async def finish(folder: Path, base: Path, merged: Path, training: Sequence[Example], kept: Sequence[Example], limit: int, threads: int,
-                 progress: Callable[[str, int, int], None]) -> dict[str, float]:
+async def finish(
+    folder: Path,
+    base: Path,
+    merged: Path,
+    training: Sequence[Example],
+    kept: Sequence[Example],
+    limit: int,
+    threads: int,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, float]:
     """After training: fit the temperature on the part kept aside and keep anchor states, both on the merged GGUF.
 
     Changes vocabulary.json (temperature) and writes anchors.npz. Returns what was measured.
@@ -184,7 +208,9 @@ async def finish(folder: Path, base: Path, merged: Path, training: Sequence[Exam
     engine = await Engine.open(merged, context=1024, slots=2, threads=threads, states=True)
     try:
         anchors = pick_anchors(training)
-        held = await states(engine, bundle.vocabulary, [e.query for e in kept], limit, lambda a, b: progress("states of the part kept aside", a, b))
+        held = await states(
+            engine, bundle.vocabulary, [e.query for e in kept], limit, lambda a, b: progress("states of the part kept aside", a, b)
+        )
         found = await states(engine, bundle.vocabulary, [e.query for e in anchors], limit, lambda a, b: progress("anchor states", a, b))
     finally:
         await engine.close()
@@ -194,7 +220,12 @@ async def finish(folder: Path, base: Path, merged: Path, training: Sequence[Exam
     heat = temperature(logits, labels)
     save_anchors(folder / "anchors.npz", found, [e.node for e in anchors])
     bundles.write_vocabulary(replace(bundle.vocabulary, temperature=heat), folder / "vocabulary.json")
-    return {"temperature": heat, "accuracy": float((logits.argmax(1) == labels).mean()), "loss": log_loss(logits / heat, labels), "n": float(len(kept))}
+    return {
+        "temperature": heat,
+        "accuracy": float((logits.argmax(1) == labels).mean()),
+        "loss": log_loss(logits / heat, labels),
+        "n": float(len(kept)),
+    }
 
 
 def node_rows(bundle: Bundle) -> Array:
@@ -207,8 +238,17 @@ def node_rows(bundle: Bundle) -> Array:
     return np.stack([rows[token] for token in bundle.vocabulary.nodes.values()])
 
 
-async def add_node(bundle: Bundle, merged: Path, node: str, token: int, queries: Sequence[str], folder: Path, limit: int, threads: int,
-                   progress: Callable[[int, int], None] | None = None) -> Bundle:
+async def add_node(
+    bundle: Bundle,
+    merged: Path,
+    node: str,
+    token: int,
+    queries: Sequence[str],
+    folder: Path,
+    limit: int,
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bundle:
     """A new bundle in `folder` with one node more: its row fitted from example queries, everything else as it was.
 
     `merged` is the old bundle's GGUF. Raises DataError (too few queries, token taken).

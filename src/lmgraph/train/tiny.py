@@ -14,8 +14,10 @@ import numpy as np
 from lmgraph.assets import atomic
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEMPLATE = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 MERGES = ("Ġ t", "h e", "i n", "e r", "o n", "a n", "r e", "Ġ a")
 WIDTH, HEADS, KV_HEADS, LAYERS, INNER = 64, 4, 2, 2, 96
 
@@ -79,8 +81,15 @@ def make(path: Path, seed: int = 0, control: Sequence[str] = (), scale: float = 
         for layer in range(LAYERS):
             writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.ones(WIDTH, dtype=np.float32))
             writer.add_tensor(f"blk.{layer}.ffn_norm.weight", np.ones(WIDTH, dtype=np.float32))
-            for name, rows, columns in (("attn_q", WIDTH, WIDTH), ("attn_k", kv, WIDTH), ("attn_v", kv, WIDTH), ("attn_output", WIDTH, WIDTH),
-                                        ("ffn_gate", INNER, WIDTH), ("ffn_up", INNER, WIDTH), ("ffn_down", WIDTH, INNER)):
+            for name, rows, columns in (
+                ("attn_q", WIDTH, WIDTH),
+                ("attn_k", kv, WIDTH),
+                ("attn_v", kv, WIDTH),
+                ("attn_output", WIDTH, WIDTH),
+                ("ffn_gate", INNER, WIDTH),
+                ("ffn_up", INNER, WIDTH),
+                ("ffn_down", WIDTH, INNER),
+            ):
                 matrix(f"blk.{layer}.{name}.weight", rows, columns, 1.0)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

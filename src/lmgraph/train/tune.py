@@ -82,8 +82,9 @@ class Master(torch.nn.Module):
         extra = ids >= base
         embedded = F.embedding(ids.clamp(max=base - 1), self.embeddings)
         rows = F.embedding((ids - base).clamp(min=0), self.input_rows)
-        return self.trunk(inputs_embeds=torch.where(extra.unsqueeze(-1), rows, embedded),
-                          attention_mask=mask, use_cache=False).last_hidden_state
+        return self.trunk(
+            inputs_embeds=torch.where(extra.unsqueeze(-1), rows, embedded), attention_mask=mask, use_cache=False
+        ).last_hidden_state
 
     def scores(self, states: torch.Tensor) -> torch.Tensor:
         """Logits (N, V + rows) of hidden states (N, D)."""
@@ -131,8 +132,8 @@ def _pad(rows: Sequence[data.Encoded], pad: int) -> tuple[torch.Tensor, torch.Te
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     for i, row in enumerate(rows):
-        ids[i, :len(row.ids)] = torch.tensor(row.ids)
-        mask[i, :len(row.ids)] = 1
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        mask[i, : len(row.ids)] = 1
     return ids, mask
 
 
@@ -160,7 +161,7 @@ def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabu
     """Choice accuracy and log loss over the graph's nodes (prompt only), as serving would choose."""
     master.eval()
     known = torch.tensor([vocabulary.first_id + token for token in vocabulary.nodes.values()])
-    prompts = [data.Encoded(row.ids[:row.start + 1], row.start) for row in encoded]
+    prompts = [data.Encoded(row.ids[: row.start + 1], row.start) for row in encoded]
     right = 0
     loss = 0.0
     for batch in batches(prompts, budget, random.Random(0)):
@@ -203,8 +204,10 @@ def _start_from(master: Master, tensors: dict[str, np.ndarray], recipe: Recipe) 
             scale = recipe.rank / recipe.alpha
         if key not in tensors or tensors[key].shape != tuple(parameter.shape):
             found = tensors[key].shape if key in tensors else "nothing"
-            raise DataError(f"The bundle to start from does not fit: {key} is {found}, expected {tuple(parameter.shape)}.",
-                            "Use its rank (recipe.json) and the same number of functional tokens.")
+            raise DataError(
+                f"The bundle to start from does not fit: {key} is {found}, expected {tuple(parameter.shape)}.",
+                "Use its rank (recipe.json) and the same number of functional tokens.",
+            )
         parameter.copy_(torch.from_numpy(tensors[key].astype(np.float32)) * scale)
 
 
@@ -222,17 +225,27 @@ def trained(master: Master) -> dict[str, torch.Tensor]:
     return {name: p for name, p in master.named_parameters() if p.requires_grad}
 
 
-def main(base: Path, train: Sequence[data.Example], validation: dict[str, Sequence[data.Example]], vocabulary: Vocabulary,
-         recipe: Recipe, out: Path, log: Any = print, start: Path | None = None) -> dict[str, Any]:
-    """Run the recipe, from the base or from another bundle (`start`); leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl, plot.png in `out`."""
+def main(
+    base: Path,
+    train: Sequence[data.Example],
+    validation: dict[str, Sequence[data.Example]],
+    vocabulary: Vocabulary,
+    recipe: Recipe,
+    out: Path,
+    log: Any = print,
+    start: Path | None = None,
+) -> dict[str, Any]:
+    """Run the recipe, from the base or from another bundle (`start`).
+
+    Leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl and plot.png in `out`.
+    """
     unknown = sorted({e.node for e in train} - set(vocabulary.nodes))
     if unknown:
         raise DataError(f"Examples name nodes without a functional token: {', '.join(unknown)}.")
     out.mkdir(parents=True, exist_ok=True)
     master, encode_text = setup(base, vocabulary, recipe, start)
     encoded = [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in train]
-    checks = {name: [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in rows]
-              for name, rows in validation.items()}
+    checks = {name: [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in rows] for name, rows in validation.items()}
     average = fit(master, encoded, checks, vocabulary, recipe, out, log)
     with torch.no_grad():
         for name, tensor in trained(master).items():
@@ -260,18 +273,26 @@ def _plan(encoded: Sequence[data.Encoded], recipe: Recipe) -> list[list[int]]:
     plan: list[list[int]] = []
     for _ in range(math.ceil(recipe.epochs)):
         plan += batches(encoded, recipe.batch_tokens, rng)
-    return plan[:max(1, round(len(plan) * recipe.epochs / math.ceil(recipe.epochs)))]
+    return plan[: max(1, round(len(plan) * recipe.epochs / math.ceil(recipe.epochs)))]
 
 
-def fit(master: Master, encoded: Sequence[data.Encoded], checks: dict[str, list[data.Encoded]], vocabulary: Vocabulary,
-        recipe: Recipe, out: Path, log: Any) -> dict[str, torch.Tensor]:
+def fit(
+    master: Master,
+    encoded: Sequence[data.Encoded],
+    checks: dict[str, list[data.Encoded]],
+    vocabulary: Vocabulary,
+    recipe: Recipe,
+    out: Path,
+    log: Any,
+) -> dict[str, torch.Tensor]:
     """The loop. Returns the averaged weights. Goes on from `out/checkpoint.pt` where one of the same recipe lies."""
     plan = _plan(encoded, recipe)
     rows = [p for n, p in trained(master).items() if n.endswith("_rows")]
     lora = [p for n, p in trained(master).items() if not n.endswith("_rows")]
-    optimizer = torch.optim.AdamW([{"params": lora, "lr": recipe.learning_rate},
-                                   {"params": rows, "lr": recipe.rows_learning_rate, "weight_decay": 0.0}],
-                                  weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [{"params": lora, "lr": recipe.learning_rate}, {"params": rows, "lr": recipe.rows_learning_rate, "weight_decay": 0.0}],
+        weight_decay=recipe.weight_decay,
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
     average = {name: p.detach().clone() for name, p in trained(master).items()}
     start, key = 0, json.dumps([asdict(recipe), len(plan), vocabulary.to_json()], sort_keys=True)
@@ -303,8 +324,13 @@ def fit(master: Master, encoded: Sequence[data.Encoded], checks: dict[str, list[
                 for name, p in trained(master).items():
                     average[name].lerp_(p, 1 - decay)
             seen += sum(len(row.ids) for row in batch)
-            line: dict[str, Any] = {"step": step + 1, "of": len(plan), "choice": round(choice, 4), "rewrite": round(rewrite, 4),
-                                    "tokens_per_s": round(seen / (time.monotonic() - began), 1)}
+            line: dict[str, Any] = {
+                "step": step + 1,
+                "of": len(plan),
+                "choice": round(choice, 4),
+                "rewrite": round(rewrite, 4),
+                "tokens_per_s": round(seen / (time.monotonic() - began), 1),
+            }
             if (step + 1) % recipe.validate_every == 0:
                 line["validation"] = {name: validate(master, rows_, vocabulary) for name, rows_ in checks.items()}
             journal.write(json.dumps(line) + "\n")
@@ -313,8 +339,16 @@ def fit(master: Master, encoded: Sequence[data.Encoded], checks: dict[str, list[
                 log(json.dumps(line))
             if time.monotonic() - saved_at > recipe.checkpoint_minutes * 60:
                 saved_at = time.monotonic()
-                _write(checkpoint, {"key": key, "step": step + 1, "average": average, "optimizer": optimizer.state_dict(),
-                                    "weights": {n: p.detach() for n, p in trained(master).items()}})
+                _write(
+                    checkpoint,
+                    {
+                        "key": key,
+                        "step": step + 1,
+                        "average": average,
+                        "optimizer": optimizer.state_dict(),
+                        "weights": {n: p.detach() for n, p in trained(master).items()},
+                    },
+                )
     return average
 
 

@@ -27,8 +27,17 @@ REACH = "Is the server running, and is the URL in graph.yaml right (it ends in /
 class OpenAIWorker:
     """Talks to `urls` (each ending in /v1) about `model`; the key comes from the environment variable `key_env`."""
 
-    def __init__(self, urls: Sequence[str], model: str, *, system: str = "", key_env: str = "", timeout_s: float = 120,
-                 temperature: float | None = None, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str,
+        *,
+        system: str = "",
+        key_env: str = "",
+        timeout_s: float = 120,
+        temperature: float | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         self._urls = [url.rstrip("/") for url in urls]
         self._turn = itertools.count()
         self._model, self._system, self._temperature, self._timeout = model, system, temperature, timeout_s
@@ -39,8 +48,13 @@ class OpenAIWorker:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         if self._system:
             turns = [{"role": "system", "content": self._system}, *(t for t in turns if t["role"] != "system")]
-        body: dict[str, Any] = {"model": self._model, "messages": turns, "max_tokens": max_tokens, "stream": True,
-                                "stream_options": {"include_usage": True}}
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": turns,
+            "max_tokens": max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         heat = temperature if temperature is not None else self._temperature
         if heat is not None:
             body["temperature"] = heat

@@ -27,8 +27,11 @@ class ScriptedWorker:
         words = answer.split(" ")
         for i, word in enumerate(words[:max_tokens]):
             yield Delta(word if i == 0 else " " + word)
-        yield Delta(done=True, finish="stop" if len(words) <= max_tokens else "length",
-                    usage={"prompt_tokens": len(request.split()), "completion_tokens": min(len(words), max_tokens)})
+        yield Delta(
+            done=True,
+            finish="stop" if len(words) <= max_tokens else "length",
+            usage={"prompt_tokens": len(request.split()), "completion_tokens": min(len(words), max_tokens)},
+        )
 
     async def close(self) -> None:
         """Nothing to release."""
