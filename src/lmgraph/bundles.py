@@ -175,7 +175,7 @@ def _metadata(reader: Any, writer: Any, vocabulary: Vocabulary, name: str) -> No
     from gguf import GGUFValueType
 
     names = [vocabulary.name(i) for i in range(vocabulary.size)] + [vocabulary.end_name]
-    extended = {
+    extended: dict[str, list[Any]] = {
         "tokenizer.ggml.tokens": names,
         "tokenizer.ggml.token_type": [CONTROL] * len(names),
         "tokenizer.ggml.scores": [-1000.0] * len(names),

@@ -12,7 +12,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -195,7 +195,7 @@ class Session:
 
     async def generate(
         self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, want_ids: bool = False, forbidden: Sequence[int] = ()
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Stream an answer to `ids`, greedy at temperature 0. Leaving the stream stops the engine."""
         engine = self._engine
         body: dict[str, Any] = {

@@ -37,7 +37,7 @@ class Lazy(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"lmgraph.cli.{COMMANDS[name][0]}"), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"lmgraph.cli.{COMMANDS[name][0]}"), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

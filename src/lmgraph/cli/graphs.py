@@ -258,7 +258,8 @@ def _changed(path: Path, change: Callable[[Any], None]) -> str:
 
 def _drop(rows: Any, name: str, whole: Any) -> None:
     """Take a key out of a mapping. The YAML library hangs the comment above the *next* key on this one: it is moved there."""
-    node, place, text = rows, name, ""
+    node, text = rows, ""
+    place: Any = name
     while True:
         token = (node.ca.items.get(place) or [None] * 3)[2 if isinstance(node, dict) else 0]
         if token is not None:

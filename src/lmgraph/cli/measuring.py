@@ -71,6 +71,7 @@ async def _routes(
     from lmgraph.evaluate import routes as measuring
     from lmgraph.runtime import Runtime, read_graph
     from lmgraph.train import examples as data
+    from lmgraph.types import Decision
 
     rows = [e for e in data.load(files) if (not styles or e.style in styles) and (not kept or data.held_out(e, 10))]
     if sample and sample < len(rows):
@@ -86,7 +87,7 @@ async def _routes(
         async with runtime:
             master = await runtime.master(slots=concurrency)
 
-            async def decide(query: str) -> measuring.Decision:
+            async def decide(query: str) -> Decision:
                 return await master.decide(query, rewriting=rewriting)
 
             found = await measuring.run(

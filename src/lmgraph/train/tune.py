@@ -14,7 +14,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ def trained(master: Master) -> dict[str, torch.Tensor]:
 def main(
     base: Path,
     train: Sequence[data.Example],
-    validation: dict[str, Sequence[data.Example]],
+    validation: Mapping[str, Sequence[data.Example]],
     vocabulary: Vocabulary,
     recipe: Recipe,
     out: Path,
