@@ -442,7 +442,7 @@ def test_schema_is_the_schema(lmgraph: Command) -> None:
 def test_show_draws_nodes_tokens_workers_and_edges(lmgraph: Command, commented: Path) -> None:
     out = lmgraph("graph", "show").out
     assert all(text in out for text in ("<fn_0> math", "<fn_2> health", "scripted", "about law", "then: law, end", "threshold 0"))
-    assert lmgraph("graph", "show", "--json").data == graphfile.loads(commented.read_text()).to_dict()
+    assert lmgraph("graph", "show", "--json").data == graphfile.to_dict(graphfile.loads(commented.read_text()))
 
 
 def test_without_a_graph_file_the_built_in_graph_is_shown(lmgraph: Command) -> None:

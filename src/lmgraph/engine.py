@@ -83,6 +83,7 @@ class Engine:
         params.verbosity = -1
         params.warmup = False
         params.fit_params = False
+        params.cache_ram_mib = 0  # llama.cpp would keep the state of every past prompt, gigabytes of it
         key = secrets.token_hex(16)
         params.api_keys = [key]
         if states:

@@ -384,7 +384,12 @@ def plot(out: Path) -> None:
         return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for key in ("choice", "rewrite"):
-        left.plot([x["step"] for x in lines], [x[key] for x in lines], lw=0.7, label=f"{key} loss")
+        points = [(x["step"], x[key]) for x in lines if x[key]]  # a batch without rewrites has no rewrite loss
+        window = max(1, len(points) // 40)
+        smooth = [
+            sum(v for _, v in points[max(0, k - window) : k + 1]) / len(points[max(0, k - window) : k + 1]) for k in range(len(points))
+        ]
+        left.plot([step for step, _ in points], smooth, label=f"{key} loss (running mean)")
     left.set_xlabel("step")
     left.set_ylim(0, 3)
     left.legend()
