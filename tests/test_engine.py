@@ -181,3 +181,11 @@ def test_a_truncated_model_is_refused(toy_base: Path, tmp_path: Path) -> None:
     path.write_bytes(toy_base.read_bytes()[:-5000])
     with pytest.raises(EngineError, match="cannot load"):
         asyncio.run(Engine.open(path))
+
+
+def test_an_engine_can_be_closed_right_after_it_was_opened(toy_base: Path) -> None:
+    async def work(engine: Engine) -> None:
+        assert engine.slots == 1
+
+    for states in (False, True) * 5:
+        run_with(toy_base, work, slots=1, states=states)

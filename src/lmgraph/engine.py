@@ -92,7 +92,7 @@ class Engine:
             params.embd_normalize = -1
             params.n_ubatch = params.n_batch = context
         try:
-            server = await asyncio.to_thread(xllamacpp.Server, params)
+            server = await asyncio.to_thread(_start, params, states)
         except Exception as error:
             raise EngineError(
                 f"llama.cpp cannot load {path.name}: {error}", "Is the file whole? Check it: lmgraph pull --verify"
@@ -265,6 +265,18 @@ def _raise_error(answer: Any, path: Path) -> None:
             )
         message = error.get("message", error) if isinstance(error, dict) else error
         raise EngineError(f"llama.cpp refused a request to {path.name}: {message}")
+
+
+def _start(params: Any, states: bool) -> Any:
+    """A running server: one that has answered. Destroying one whose loop has not begun hangs for ever, holding the GIL."""
+    import xllamacpp
+
+    server = xllamacpp.Server(params)
+    if states:
+        server.handle_embeddings({"input": [0]})
+    else:
+        server.handle_completions({"prompt": [0], "n_predict": 1, "cache_prompt": False})
+    return server
 
 
 def _drop(server: Any) -> None:
