@@ -14,7 +14,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from lmgraph.bundles import read_tensors, write_tensors, write_vocabulary
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
+from lmgraph.train.model import LINEAR, Master, load_base
+from lmgraph.train.plot import plot
 
 try:
     import torch
     import torch.nn.functional as F
 except ImportError as error:  # pragma: no cover - exercised by the test of missing extras in a subprocess
     raise MissingExtra("Training a master", "train") from error
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -63,51 +63,6 @@ class Recipe:
     """0: what torch chooses"""
     checkpoint_minutes: float = 4.0
     validate_every: int = 200
-
-
-class Master(torch.nn.Module):
-    """A causal LM with extra rows: ids >= base size are looked up in `input_rows`, scored with `output_rows`."""
-
-    def __init__(self, trunk: Any, embeddings: torch.Tensor, rows: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.register_buffer("embeddings", embeddings, persistent=False)
-        mean = embeddings.mean(0)
-        self.input_rows = torch.nn.Parameter(mean.repeat(rows, 1) + 0.02 * torch.randn(rows, embeddings.shape[1]))
-        self.output_rows = torch.nn.Parameter(torch.zeros(rows, embeddings.shape[1]))
-
-    def states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Final hidden states (B, T, D) after the last norm, of ids (B, T) under a right-padding mask (B, T)."""
-        base = self.embeddings.shape[0]
-        extra = ids >= base
-        embedded = F.embedding(ids.clamp(max=base - 1), self.embeddings)
-        rows = F.embedding((ids - base).clamp(min=0), self.input_rows)
-        return self.trunk(
-            inputs_embeds=torch.where(extra.unsqueeze(-1), rows, embedded), attention_mask=mask, use_cache=False
-        ).last_hidden_state
-
-    def scores(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V + rows) of hidden states (N, D)."""
-        return torch.cat([states @ self.embeddings.T, states @ self.output_rows.T], dim=-1)
-
-
-def load_base(path: Path) -> tuple[Any, torch.Tensor, data.Encode]:
-    """(trunk, embeddings (V, D), encode) of a GGUF file, dequantised to float32. The embeddings are tied or `lm_head`."""
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise MissingExtra("Training a master", "train") from error
-    kwargs = {"gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs).backend_tokenizer
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-    def encode_text(text: str, special: bool) -> list[int]:
-        tokenizer.encode_special_tokens = not special
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    return model.model, model.get_input_embeddings().weight.detach().clone(), encode_text
 
 
 def batches(encoded: Sequence[data.Encoded], budget: int, rng: random.Random) -> list[list[int]]:
@@ -368,43 +323,3 @@ def save(master: Master, vocabulary: Vocabulary, recipe: Recipe, out: Path) -> N
         tensors[key] = value.numpy().astype(np.float16)
     write_tensors(tensors, out / "weights.safetensors")
     write_vocabulary(vocabulary, out / "vocabulary.json")
-
-
-def plot(out: Path) -> None:
-    """plot.png from log.jsonl: losses and validation accuracy by step. Skipped where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    lines = list(_journal(out / "log.jsonl"))
-    if not lines:
-        return
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for key in ("choice", "rewrite"):
-        points = [(x["step"], x[key]) for x in lines if x[key]]  # a batch without rewrites has no rewrite loss
-        window = max(1, len(points) // 40)
-        smooth = [
-            sum(v for _, v in points[max(0, k - window) : k + 1]) / len(points[max(0, k - window) : k + 1]) for k in range(len(points))
-        ]
-        left.plot([step for step, _ in points], smooth, label=f"{key} loss (running mean)")
-    left.set_xlabel("step")
-    left.set_ylim(0, 3)
-    left.legend()
-    checked = [x for x in lines if "validation" in x]
-    for name in checked[0]["validation"] if checked else ():
-        right.plot([x["step"] for x in checked], [x["validation"][name]["accuracy"] for x in checked], marker="o", label=name)
-    right.set_xlabel("step")
-    right.set_ylabel("router accuracy (validation)")
-    if checked:
-        right.legend()
-    figure.savefig(out / "plot.png", dpi=110)
-    pyplot.close(figure)
-
-
-def _journal(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text().splitlines():
-            yield json.loads(line)

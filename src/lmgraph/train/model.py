@@ -1,0 +1,65 @@
+"""A causal LM with functional rows, in torch: what `tune` trains.
+
+It knows how a GGUF becomes a trainable trunk and how extra ids are looked up and scored. It knows no data and no loop.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lmgraph.errors import MissingExtra
+from lmgraph.train import examples as data
+
+try:
+    import torch
+    import torch.nn.functional as F
+except ImportError as error:  # pragma: no cover - exercised by the test of missing extras in a subprocess
+    raise MissingExtra("Training a master", "train") from error
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Master(torch.nn.Module):
+    """A causal LM with extra rows: ids >= base size are looked up in `input_rows`, scored with `output_rows`."""
+
+    def __init__(self, trunk: Any, embeddings: torch.Tensor, rows: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        mean = embeddings.mean(0)
+        self.input_rows = torch.nn.Parameter(mean.repeat(rows, 1) + 0.02 * torch.randn(rows, embeddings.shape[1]))
+        self.output_rows = torch.nn.Parameter(torch.zeros(rows, embeddings.shape[1]))
+
+    def states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (B, T, D) after the last norm, of ids (B, T) under a right-padding mask (B, T)."""
+        base = self.embeddings.shape[0]
+        extra = ids >= base
+        embedded = F.embedding(ids.clamp(max=base - 1), self.embeddings)
+        rows = F.embedding((ids - base).clamp(min=0), self.input_rows)
+        return self.trunk(
+            inputs_embeds=torch.where(extra.unsqueeze(-1), rows, embedded), attention_mask=mask, use_cache=False
+        ).last_hidden_state
+
+    def scores(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V + rows) of hidden states (N, D)."""
+        return torch.cat([states @ self.embeddings.T, states @ self.output_rows.T], dim=-1)
+
+
+def load_base(path: Path) -> tuple[Any, torch.Tensor, data.Encode]:
+    """(trunk, embeddings (V, D), encode) of a GGUF file, dequantised to float32. The embeddings are tied or `lm_head`."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise MissingExtra("Training a master", "train") from error
+    kwargs = {"gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs).backend_tokenizer
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    def encode_text(text: str, special: bool) -> list[int]:
+        tokenizer.encode_special_tokens = not special
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return model.model, model.get_input_embeddings().weight.detach().clone(), encode_text
