@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,8 +83,3 @@ def toy_graph_file(toy_master: Path, tmp_path: Path) -> Path:
     path = tmp_path / "graph.yaml"
     path.write_text(toy_graph(toy_master))
     return path
-
-
-@pytest.fixture(scope="session")
-def nothing_left_behind() -> Iterator[None]:
-    yield

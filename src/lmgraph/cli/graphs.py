@@ -153,8 +153,7 @@ def add(
     if examples:
         from lmgraph.cli.training import fit_node
 
-        text = _changed(path, change)  # checked before any work starts
-        del text
+        _changed(path, change)  # checked before any work starts
         made = asyncio.run(fit_node(path, name, token, examples, None))
 
         def change_both(data: Any) -> None:
