@@ -376,15 +376,6 @@ def test_a_place_that_cannot_be_written_is_an_asset_error_which_names_it(place: 
     assert not list(tmp_path.glob(".*"))
 
 
-def test_clean_removes_half_fetched_files_and_counts_them(site: Site, tmp_path: Path) -> None:
-    assert assets.clean(tmp_path) == 0
-    site.files[ADDRESS] = CONTENT
-    assets.fetch(asset_of(), tmp_path)
-    for name in ("other.gguf.hub.part", "other.gguf.01.part"):
-        (tmp_path / "weights" / name).write_bytes(b"half")
-    assert assets.clean(tmp_path) == 2 and weights(tmp_path) == WHOLE
-
-
 def test_the_progress_of_a_digest_ends_at_the_size(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(CONTENT)
     seen: list[tuple[int, int]] = []

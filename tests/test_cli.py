@@ -640,6 +640,12 @@ def test_evaluate_routes_writes_a_report_and_shows_a_table(lmgraph: Command, exa
     assert report["metrics"]["n"] == 12 and "examples.jsonl" in report["title"]
 
 
+def test_evaluate_finds_an_unknown_label_before_any_work(lmgraph: Command, examples: Path) -> None:
+    examples.write_text(examples.read_text() + '{"query": "x", "node": "astrology"}\n')
+    found = lmgraph("evaluate", "routes", "examples.jsonl", "--bundle", "nowhere")  # a bundle that would be missed later
+    assert found.code == 2 and "astrology" in found.err and "Valid nodes" in found.err and found.out == ""
+
+
 def test_evaluate_measures_another_master_than_the_graphs(lmgraph: Command, examples: Path, toy_master: Path) -> None:
     write("graph.yaml", toy_graph(Path("no-such-master.gguf")))
     assert lmgraph("evaluate", "routes", "examples.jsonl", "--json").code == 1

@@ -80,6 +80,10 @@ def test_the_ends_of_the_range_of_threads_are_allowed(threads: str) -> None:
     assert settings.read({"LMGRAPH_THREADS": threads}).threads == int(threads)
 
 
+def test_an_empty_profile_counts_as_unset() -> None:
+    assert settings.read({"LMGRAPH_PROFILE": ""}).profile == settings.read({}).profile
+
+
 @pytest.mark.parametrize("profile", ["Tiny", "huge", "tiny "])
 def test_an_unknown_profile_lists_the_valid_ones(profile: str) -> None:
     with pytest.raises(SettingsError, match=f"LMGRAPH_PROFILE is '{profile}'; valid: standard, tiny"):

@@ -136,6 +136,14 @@ def test_a_token_that_the_bundle_uses_for_another_node_is_refused(lmgraph: Comma
     assert found.code == 2 and "token 1 is taken" in found.err and "Next free token: 3" in found.err
 
 
+def test_a_removed_node_comes_back_with_the_row_it_had(lmgraph: Command, mine: Path, chef: Path) -> None:
+    add = ("graph", "add", "chef", "--description", "food")
+    assert lmgraph(*add, "--examples", "chef.jsonl").code == 0 and lmgraph("graph", "remove", "chef").code == 0
+    found = lmgraph(*add, "--examples", "chef.jsonl")
+    assert found.code == 2 and "knows chef already" in found.err and "without examples" in found.err
+    assert lmgraph(*add).code == 0 and chosen(lmgraph, chef_queries()[0]).count("chef") >= 19
+
+
 def test_rows_cannot_be_fitted_on_a_merged_master(lmgraph: Command, toy_graph_file: Path, chef: Path) -> None:
     found = lmgraph("graph", "add", "chef", "--description", "food", "--examples", "chef.jsonl")
     assert found.code == 2 and "merged GGUF" in found.err and "folder" in found.err
@@ -145,7 +153,7 @@ def test_heads_says_what_is_missing(lmgraph: Command, mine: Path, chef: Path) ->
     for arguments, complaint in ((("--node", "chef", "--examples", "chef.jsonl"), "lmgraph graph add chef"),
                                  (("--node", "law"), "--node needs --examples"), ((), "--data and --out"),
                                  (("--data", "chef.jsonl"), "--data and --out"),
-                                 (("--node", "law", "--examples", "chef.jsonl"), "token 1 is taken")):
+                                 (("--node", "law", "--examples", "chef.jsonl"), "knows law already")):
         found = lmgraph("train", "heads", *arguments)
         assert found.code == 2 and complaint in found.err
 

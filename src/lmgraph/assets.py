@@ -311,13 +311,3 @@ def _download(url: str, part: Path, size: int | None, progress: Progress | None,
                         progress(have, total)
     if total and have != total:
         raise AssetError(f"the connection ended after {have:,} of {total:,} bytes; run the command again to go on")
-
-
-def clean(cache: Path) -> int:
-    """Remove half-fetched files; returns how many."""
-    count = 0
-    for part in (cache / "weights").glob("*.part"):
-        with suppress(OSError):
-            part.unlink()
-            count += 1
-    return count

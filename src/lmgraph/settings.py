@@ -38,7 +38,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Settings:
             raise SettingsError(
                 f"Unknown environment variable {name}.", f"Did you mean {near[0]}?" if near else f"Valid: {', '.join(VARIABLES)}."
             )
-    profile = environment.get("LMGRAPH_PROFILE", "standard")
+    profile = environment.get("LMGRAPH_PROFILE") or "standard"
     if profile not in PROFILES:
         raise SettingsError(f"LMGRAPH_PROFILE is {profile!r}; valid: {', '.join(PROFILES)}.")
     threads = environment.get("LMGRAPH_THREADS", "")

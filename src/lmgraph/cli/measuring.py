@@ -80,6 +80,7 @@ async def _routes(
         raise DataError("No examples are left after --style and --kept.")
     using = settings()
     given, folder = read_graph(path or using.graph)
+    measuring.check_names("The examples are labelled with", {e.node for e in rows}, list(given.nodes))
     if bundle:
         given = replace(given, master=replace(given.master, bundle=str(Path(bundle).resolve()) if Path(bundle).exists() else bundle))
     with Bars() as bars:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -177,18 +177,20 @@ def calibration(probabilities: Sequence[float], right: Sequence[bool]) -> dict[s
     return {"ece": error, "mean_probability": float(p.mean()), "bins": bins}
 
 
+def check_names(what: str, names: Set[str], nodes: Sequence[str]) -> None:
+    """Raise DataError, which begins with `what` and names the strangers, unless every name is a node's."""
+    if strangers := sorted(names - set(nodes)):
+        raise DataError(f"{what} {', '.join(map(repr, strangers))}, which no node is called.", f"Valid nodes: {', '.join(nodes)}")
+
+
 def _check(rows: Sequence[Row], nodes: Sequence[str]) -> None:
     if not rows:
         raise DataError("There is nothing to measure: no rows.", "Give a file with at least one example of query and node.")
     doubles = sorted(name for name, count in Counter(nodes).items() if count > 1)
     if not nodes or doubles:
         raise DataError(f"Nodes named twice: {', '.join(doubles)}." if doubles else "There are no nodes to measure against.")
-    valid = f"Valid nodes: {', '.join(nodes)}"
-    known = set(nodes)
-    truths, choices = {row.truth for row in rows}, {row.decision.chosen for row in rows}
-    for what, names in (("The examples are labelled with", truths), ("The master chose", choices)):
-        if strangers := sorted(names - known):
-            raise DataError(f"{what} {', '.join(map(repr, strangers))}, which no node is called.", valid)
+    check_names("The examples are labelled with", {row.truth for row in rows}, nodes)
+    check_names("The master chose", {row.decision.chosen for row in rows}, nodes)
     if bad := [p for row in rows if not -1e-6 <= (p := row.decision.probability) <= 1 + 1e-6]:  # written so that NaN is bad too
         raise DataError(f"{len(bad)} decisions have a probability that is none: found {bad[0]}, expected 0 to 1.")
 

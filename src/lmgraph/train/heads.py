@@ -253,6 +253,8 @@ async def add_node(
 
     `merged` is the old bundle's GGUF. Raises DataError (too few queries, token taken).
     """
+    if bundle.vocabulary.nodes.get(node) == token:
+        raise DataError(f"This bundle knows {node} already (functional token {token}).", "Add it to the graph without examples.")
     if token in bundle.vocabulary.nodes.values():
         raise DataError(f"Functional token {token} is taken.", f"Next free token: {bundle.vocabulary.spare()}")
     if not 0 <= token < bundle.vocabulary.size:
