@@ -9,10 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; role is system, user or assistant."""
+    """One turn of a conversation. `content` is its text; `raw` is the turn as the OpenAI API has it, where text is not all."""
 
     role: str
+    """system, user, assistant, tool, ..."""
     content: str
+    raw: Mapping[str, Any] | None = None
+    """the whole message object when it holds more than a role and a text (pictures, tool calls, names): passed on as it is"""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Ask:
     """a pinned worker, or None: the master chooses"""
     max_tokens: int | None = None
     temperature: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """further options of OpenAI's chat completions (top_p, stop, seed, n, tools, ...), for workers that know them"""
 
     @property
     def query(self) -> str:
@@ -81,7 +86,10 @@ class Delta:
     """A piece of an answer. The last one has `done` set and carries `usage` and, from the runtime, the trace."""
 
     text: str = ""
+    """of the first choice"""
     done: bool = False
+    choices: tuple[Mapping[str, Any], ...] = ()
+    """the chunk's `choices` as the worker sent them, where the text of the first is not all (several choices, tool calls, logprobs)"""
     usage: Mapping[str, int] = field(default_factory=dict)
     finish: str = ""
     """stop, length or cancelled; only on the last piece"""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from lmgraph.types import Delta, Message
 
@@ -11,8 +11,18 @@ from lmgraph.types import Delta, Message
 class Worker(Protocol):
     """Answers conversations. Leaving the stream early stops the work behind it."""
 
-    def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None) -> AsyncIterator[Delta]:
-        """Pieces of one answer; the last has `done` set. Raises WorkerError, WorkerTimeout or EngineError."""
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[Delta]:
+        """Pieces of one answer; the last has `done` set. Raises WorkerError, WorkerTimeout or EngineError.
+
+        `options` are further options of OpenAI's chat completions; raises QueryError for one that this worker does not know.
+        """
         ...
 
     async def close(self) -> None:
