@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
     "errors", "types", "graph", "graphfile", "tokens", "prompts", "rewrite", "settings",
     "assets", "bundles", "engine", "workers.base", "workers.scripted", "workers.embedded", "workers.openai",
+    "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
     "master", "execute", "runtime",
     "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.routes", "evaluate.report",
     "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.graphs", "cli.training", "cli.measuring",
@@ -18,12 +19,12 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
 HOMES = {
     "xllamacpp": {"engine"}, "torch": {"train.model", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
     "httpx": {"assets", "workers.openai"}, "gguf": {"bundles", "train.tiny", "train.heads", "cli.training"}, "safetensors": {"bundles", "train.tune"},
-    "yaml": {"graphfile"}, "ruamel": {"cli.graphs"}, "click": {n for n in ORDER if n.startswith("cli")},
+    "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile"}, "ruamel": {"cli.graphs"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.report"},
 }
 PURE = {"errors", "types", "graph", "graphfile", "tokens", "prompts", "rewrite"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
-LOCAL_IMPORTS = {"engine", "bundles", "runtime", "assets", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.report"}
+LOCAL_IMPORTS = {"engine", "bundles", "runtime", "assets", "store", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.report"}
 BUDGET = 360
 
 

@@ -14,7 +14,8 @@
     └── OutsideError         somebody else's fault
         ├── EngineError      llama.cpp refused or failed
         ├── WorkerError      a worker answered with an error or could not be reached
-        └── WorkerTimeout    a worker did not answer in time
+        ├── WorkerTimeout    a worker did not answer in time
+        └── StoreError       the store (SQLite, Redis) failed or holds what lmgraph cannot use
 
 A message says what was found and what was expected; `hint` says the next command to run.
 """
@@ -125,3 +126,9 @@ class WorkerTimeout(OutsideError):
     """A worker did not answer in time."""
 
     code = "worker_timeout"
+
+
+class StoreError(OutsideError):
+    """The store cannot be reached, is full, or holds something that lmgraph did not write."""
+
+    code = "store_error"

@@ -1,0 +1,170 @@
+"""One SQLite file of lmgraph's: its format, how it is opened, and the thread that alone uses a connection to it.
+
+Jobs that wait are done in one transaction (group commit), and only then do their callers go on. It knows the tables and what
+SQLite's errors mean; what is kept in the tables and why is `store/sqlite.py`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lmgraph.errors import StoreError
+
+T = TypeVar("T")
+APPLICATION = 0x6C6D6772
+"""written into the file's header ("lmgr"): a file of another program is never touched"""
+BUSY_S = 2.0
+TOGETHER = 1000
+"""most jobs in one transaction"""
+MIGRATIONS: list[tuple[str, ...]] = [  # only ever add at the end: `PRAGMA user_version` counts how many a file has seen
+    (
+        "CREATE TABLE turns (seq INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, conversation TEXT NOT NULL, node TEXT NOT NULL,"
+        " body TEXT NOT NULL)",
+        "CREATE INDEX turns_conversation ON turns (conversation, seq)",
+        "CREATE INDEX turns_node ON turns (node, seq)",
+        "CREATE TABLE conversations (id TEXT PRIMARY KEY, title TEXT NOT NULL, turns INTEGER NOT NULL, created REAL NOT NULL,"
+        " updated REAL NOT NULL)",
+        "CREATE INDEX conversations_updated ON conversations (updated)",
+        "CREATE TABLE cache (seq INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, expires REAL NOT NULL, value BLOB NOT NULL)",
+        "CREATE INDEX cache_expires ON cache (expires)",
+        # kept by triggers, so that it is right with several processes on one file and no write has to count
+        "CREATE TABLE cache_total (entries INTEGER NOT NULL, bytes INTEGER NOT NULL)",
+        "INSERT INTO cache_total VALUES (0, 0)",
+        "CREATE TRIGGER cache_more AFTER INSERT ON cache BEGIN"
+        " UPDATE cache_total SET entries = entries + 1, bytes = bytes + length(new.value); END",
+        "CREATE TRIGGER cache_less AFTER DELETE ON cache BEGIN"
+        " UPDATE cache_total SET entries = entries - 1, bytes = bytes - length(old.value); END",
+        "CREATE TABLE keys (id TEXT PRIMARY KEY, name TEXT NOT NULL, digest TEXT UNIQUE NOT NULL, created REAL NOT NULL, revoked REAL,"
+        " rate_per_minute REAL, concurrent INTEGER)",
+        "CREATE TABLE pinged (at REAL NOT NULL)",
+        "INSERT INTO pinged VALUES (0)",
+    ),
+]
+
+
+class Desk:
+    """One connection and the only thread that uses it. Jobs that wait are done in one transaction, in the order they came."""
+
+    def __init__(self, connection: sqlite3.Connection, place: str) -> None:
+        self._connection, self._place, self._closed = connection, place, False
+        self._reads = bool(connection.execute("PRAGMA query_only").fetchone()[0])
+        self._jobs: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="lmgraph-store", daemon=True)
+        self._thread.start()
+
+    async def do(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        """What the job returns, once it is committed. Raises StoreError; a caller who stops waiting does not stop the job."""
+        if self._closed:
+            raise StoreError(f"The store {self._place} is closed.")
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put((job, future))
+        return await future
+
+    async def close(self) -> None:
+        """Do what waits, then close the connection. Twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._jobs.put(None)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+
+    def _work(self) -> None:
+        with closing(self._connection):
+            more = True
+            while more:
+                taken = [self._jobs.get()]
+                while len(taken) < TOGETHER and not self._jobs.empty():
+                    taken.append(self._jobs.get())
+                jobs = [job for job in taken if job is not None]
+                more = len(jobs) == len(taken)
+                results = self._commit([work for work, _ in jobs])
+                settled = [(future, result) for (_, future), result in zip(jobs, results)]
+                for loop in {future.get_loop() for future, _ in settled}:
+                    with suppress(RuntimeError):  # that loop is closed: nobody waits any more
+                        loop.call_soon_threadsafe(_settle, [(f, r) for f, r in settled if f.get_loop() is loop])
+
+    def _commit(self, jobs: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
+        """Results or StoreErrors, in order. One job's failure is its own; a failure of the whole transaction is everybody's."""
+        try:
+            self._connection.execute("BEGIN" if self._reads else "BEGIN IMMEDIATE")
+            results = [self._do(job) for job in jobs]
+            self._connection.execute("COMMIT")
+            return results
+        except Exception as error:  # noqa: BLE001 - handed over to the callers: this thread must go on
+            with suppress(sqlite3.Error):  # SQLite may have rolled back by itself
+                self._connection.execute("ROLLBACK")
+            return [explain(error, self._place) for _ in jobs]
+
+    def _do(self, job: Callable[[sqlite3.Connection], Any]) -> Any:
+        self._connection.execute("SAVEPOINT job")
+        try:
+            result = job(self._connection)
+        except Exception as error:  # handed over to the caller
+            if not self._connection.in_transaction:  # a full disk may end the whole transaction
+                raise
+            self._connection.execute("ROLLBACK TO job")
+            result = explain(error, self._place) if isinstance(error, sqlite3.Error) else error
+        self._connection.execute("RELEASE job")
+        return result
+
+
+def _settle(results: list[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, result in results:
+        if future.done():  # cancelled meanwhile
+            continue
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+
+def connect(place: str) -> sqlite3.Connection:
+    """A connection that any one thread may use, with transactions left to us. Raises sqlite3.Error."""
+    connection = sqlite3.connect(place, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def migrate(db: sqlite3.Connection, place: str) -> None:
+    """Bring a file to the newest format. Raises StoreError for another program's file or a newer format, sqlite3.Error."""
+    db.execute("BEGIN IMMEDIATE")  # two processes may open a new file at the same moment
+    application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+    if application != APPLICATION and (application or version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
+        raise StoreError(f"{place} is a database of another program.", "Name another file.")
+    if version > len(MIGRATIONS):
+        raise StoreError(
+            f"{place} was written by a newer lmgraph: it has format {version}, this one knows up to {len(MIGRATIONS)}.",
+            "Update: pip install -U lmgraph. Or name another file.",
+        )
+    for statements in MIGRATIONS[version:]:
+        for sql in statements:
+            db.execute(sql)
+    db.execute(f"PRAGMA application_id = {APPLICATION}")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    db.execute("COMMIT")
+    db.execute("PRAGMA journal_mode = WAL")
+
+
+def explain(error: Exception, place: str) -> StoreError:
+    """A StoreError that says what to do about it."""
+    if isinstance(error, StoreError):
+        return error
+    text = str(error)
+    folder = Path(place).absolute().parent
+    hints = {
+        "full": f"Make room: df -h {folder}",
+        "disk I/O": f"Is the disk full or broken? df -h {folder}",
+        "not a database": "Name another file, or move this one away.",
+        "malformed": f"The file is damaged. Save what is there: sqlite3 {place} .recover | sqlite3 mended.db",
+        "locked": "Another process holds the file for long; find it: fuser " + place,
+        "unable to open": f"Is it a file, in a folder that may be written? ls -ld {folder} {place}",
+        "readonly": f"It may not be written: ls -ld {folder} {place}",
+    }
+    other = f"May the folder be written? ls -ld {folder}" if isinstance(error, OSError) else ""
+    return StoreError(f"The store {place} failed: {text}", next((hint for sign, hint in hints.items() if sign in text), other))
