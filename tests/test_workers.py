@@ -8,21 +8,28 @@ import shutil
 import socket
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xllamacpp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from lmgraph import execute
 from lmgraph.engine import Engine
-from lmgraph.errors import EngineError, LmgraphError, WorkerError, WorkerTimeout
+from lmgraph.errors import EngineError, LmgraphError, QueryError, WorkerError, WorkerTimeout
+from lmgraph.graph import Node, WorkerSpec
 from lmgraph.types import Delta, Message
 from lmgraph.workers.base import Worker
 from lmgraph.workers.embedded import EmbeddedWorker, SharedEngine
 from lmgraph.workers.openai import OpenAIWorker
+from lmgraph.workers.reading import Reading, Refusal
 from lmgraph.workers.scripted import ScriptedWorker
 
 KEY = "sk-of-the-test"
@@ -39,10 +46,15 @@ def text_of(deltas: Sequence[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
+def first(n: int) -> int:
+    """In place of chance: replicas are tried in the order of the graph."""
+    return 0
+
+
 def ask(*urls: str, messages: Sequence[Message] = HELLO, **options: Any) -> list[Delta]:
     """One answer of an OpenAIWorker."""
     async def work() -> list[Delta]:
-        worker = OpenAIWorker(urls, "m", **{"timeout_s": 60, **options})
+        worker = OpenAIWorker(urls, "m", **{"timeout_s": 60, "pick": first, **options})
         try:
             return await all_of(worker, messages)
         finally:
@@ -117,6 +129,7 @@ class Post(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append((self.path, json.loads(body)))
+        self.server.heard.append((self.client_address[1], dict(self.headers.items())))
         self.server.act(self)
 
     def status(self, code: int, body: bytes = b"", **headers: str) -> None:
@@ -130,15 +143,23 @@ class Post(BaseHTTPRequestHandler):
         pass
 
 
+class KeptPost(Post):
+    """Keeps connections; an answer needs a length or chunks."""
+
+    protocol_version = "HTTP/1.1"
+
+
 class Site(ThreadingHTTPServer):
     """Answers every POST with `act`."""
 
     daemon_threads = False
 
-    def __init__(self, act: Callable[[Post], None]) -> None:
-        super().__init__(("127.0.0.1", 0), Post)
+    def __init__(self, act: Callable[[Post], None], handler: type[Post]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.act = act
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.heard: list[tuple[int, dict[str, str]]] = []
+        """the client's port (one a connection) and headers"""
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -150,8 +171,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Site]]:
     """Start servers; they are stopped after the test."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with ExitStack() as stack:
-        def start(act: Callable[[Post], None]) -> Site:
-            site = Site(act)
+        def start(act: Callable[[Post], None], handler: type[Post] = Post) -> Site:
+            site = Site(act, handler)
             thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
             thread.start()
             for step in (site.server_close, thread.join, site.shutdown):
@@ -273,7 +294,21 @@ def test_a_slow_answer_is_a_timeout_that_names_the_limit(serve: Callable[..., Si
     (stream(event("good ")), "ended its stream before"),
     (stream(event("good "), DONE), "ended its stream before"),
     (stream(), "ended its stream before"),
-    (stream(b'{"choices": [{"message": {"content": "not streamed"}}]}'), "ended its stream before"),
+    (stream(event("good "), b'data: {"error": {"message": "too long", "code": 400}}\n\n'), "answered with an error: too long"),
+    (stream(event("good "), b'event: error\ndata: {"message": "out of memory"}\n\n'), "answered with an error: out of memory"),
+    (stream(event("good "), b"event: error\ndata: out of memory\n\n"), "answered with an error: out of memory"),
+    (stream(event("good "), event(finish="stop"), "data: {\"é".encode()[:-1]), "not JSON"),
+    (stream(event("good "), event(finish="stop"), b"\xc3"), "not an event"),
+    (stream(event("good "), event(finish="stop"), b"<html>\n"), "not an event: '<html>'"),
+    (stream(b"<html>busy</html>"), "not an event"),
+    (stream(b"data: {\ndata: 3\n\n"), "not JSON"),
+    (stream(b'data: "\xff"\n\n'), "not JSON"),
+    (stream(b"data: " + b"[" * 200_000 + b"\n\n"), "not JSON"),
+    (stream((b"data: {" + b"x" * 1000 + b"\n") * 2000), "endless event"),
+    (stream(b'{"error": {"message": "no such model"}}'), "answered with an error: no such model"),
+    (stream(b'{"choices": ['), "not JSON"),
+    (stream(b'{"id": 3}'), "ended its stream before"),
+    (stream(event("a"), b'data: {"choices": [{"index": 1, "delta": {"content": "b"}}]}\n\n', event(finish="stop"), DONE), "ended its stream before"),
     (lambda post: post.status(200, event("good "), Content_Length="1000"), "cannot be reached: .*closed"),
     (lambda post: post.status(200, b"\x00\x01", Content_Encoding="gzip"), "cannot be reached: "),
     (stream(event("good "), b"data: <html>\n\n"), "not JSON: '<html>'"),
@@ -282,6 +317,218 @@ def test_a_slow_answer_is_a_timeout_that_names_the_limit(serve: Callable[..., Si
 def test_a_stream_that_breaks_off_is_a_worker_error(serve: Callable[..., Site], act: Callable[[Post], None], words: str) -> None:
     with pytest.raises(WorkerError, match=words):
         ask(serve(act).url)
+
+
+LINES = {"choices": [{"index": 0, "delta": {"content": "good "}, "finish_reason": None}]}
+
+
+@pytest.mark.parametrize("raw", [
+    GOOD.replace(b"\n", b"\r\n"),
+    b"\xef\xbb\xbf" + GOOD,
+    GOOD.replace(b"\n\n", b"\n"),
+    GOOD.rstrip(b"\n"),
+    GOOD.replace(DONE, b""),
+    GOOD.replace(b"data: ", b"data:"),
+    b": ping\n\n: ping\n" + GOOD.replace(b"data: ", b": ping\nid: 7\nevent: message\nretry: 5\nother\ndata: "),
+    b"data:\n\ndata: " + json.dumps(LINES, indent=2).replace("\n", "\ndata: ").encode() + b"\n\n" + event("morning", "stop"),
+    GOOD + b"data: <html>\n\n",
+], ids=["CRLF", "byte order mark", "no blank lines", "no last line end", "no [DONE]", "no space", "comments and fields", "several lines", "after [DONE]"])
+def test_a_stream_may_be_written_in_many_ways(serve: Callable[..., Site], raw: bytes) -> None:
+    deltas = ask(serve(stream(raw)).url)
+    assert text_of(deltas) == "good morning" and deltas[-1].finish == "stop"
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+@given(st.data())
+def test_where_packets_are_cut_makes_no_difference(data: st.DataObject) -> None:
+    raw = b": ping\r\n\r\n" + event("gé法😀d ") + b'data: {"choices":\r\ndata: [{"delta": {"content": "x"}}]}\r\n\r\n' + event(finish="stop") + DONE
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(raw) - 1), max_size=12)))
+    reading, deltas = Reading("u"), []
+    for a, b in zip([0, *cuts], [*cuts, len(raw)]):
+        assert not reading.over or a > len(raw) - 2
+        deltas += reading.feed(raw[a:b])
+    assert deltas == [Delta("gé法😀d "), Delta("x")] and reading.over and reading.last().finish == "stop"
+
+
+def test_half_a_surrogate_pair_is_nothing_that_can_be_passed_on(serve: Callable[..., Site]) -> None:
+    raw = rb'data: {"choices": [{"delta": {"content": "\ud83d\ude00 \uD83d"}, "finish_reason": "stop"}]}' + b"\n\n"
+    assert text_of(ask(serve(stream(raw)).url)) == "😀 ?"
+
+
+def test_an_answer_that_is_not_streamed_is_understood(serve: Callable[..., Site]) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for message, finish, wanted in [
+            ({"role": "assistant", "content": "hi", "refusal": None}, "length", [Delta("hi")]),
+            ({"role": "assistant", "content": "hi"}, None, [Delta("hi")]),
+            ({"role": "assistant", "content": None, "tool_calls": [call]}, "tool_calls", [Delta(choices=({
+                "index": 0, "finish_reason": "tool_calls",
+                "delta": {"role": "assistant", "content": None, "tool_calls": [{"index": 0, **call}]}},))])]:
+        body = {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": {"prompt_tokens": 3}}
+        site = serve(lambda post, body=body: post.status(200, json.dumps(body, indent=1).encode(), Content_Type="application/json"))
+        assert ask(site.url) == [*wanted, Delta(done=True, finish=finish or "stop", usage={"prompt_tokens": 3})]
+
+
+@pytest.mark.parametrize("choices, text", [
+    ([{"index": 1, "delta": {"content": "b"}, "finish_reason": "stop"}], ""),
+    ([{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta": {"content": "b"}, "finish_reason": "stop"}], "a"),
+    ([{"index": 0, "delta": {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}}], ""),
+    ([{"index": 0, "delta": {"function_call": {"name": "f"}}}], ""),
+    ([{"index": 0, "delta": {"refusal": "no"}}], ""),
+    ([{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [{"token": "a", "logprob": -0.1}]}}], "a")],
+    ids=["second choice", "two choices", "tool calls", "function call", "refusal", "logprobs"])
+def test_choices_are_passed_on_where_the_text_of_the_first_is_not_all(serve: Callable[..., Site], choices: list[Any], text: str) -> None:
+    site = serve(stream(b"data: " + json.dumps({"choices": choices}).encode() + b"\n\n", event(finish="stop"), DONE))
+    assert ask(site.url)[0] == Delta(text, choices=tuple(choices))
+
+
+def test_choices_are_left_out_where_the_text_is_all(serve: Callable[..., Site]) -> None:
+    plain = {"index": 0, "delta": {"role": "assistant", "content": "a", "refusal": None, "tool_calls": []}, "logprobs": None, "finish_reason": None}
+    assert ask(serve(stream(b"data: " + json.dumps({"choices": [plain]}).encode() + b"\n\n", event(finish="stop"), DONE)).url)[0] == Delta("a")
+
+
+def test_messages_that_are_more_than_text_and_options_go_to_the_server_as_they_are(serve: Callable[..., Site]) -> None:
+    site = serve(stream(GOOD))
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}], "name": "me"}
+    options = {"top_p": 0.5, "stop": ["x"], "tools": [{"type": "function"}], "n": 2, "model": "other", "stream": False, "messages": []}
+
+    async def work() -> None:
+        worker = OpenAIWorker([site.url], "m", system="of the node")
+        messages = (Message("system", "s", {"role": "system", "content": "s", "name": "x"}), Message("user", "look", picture))
+        await all_of(worker, messages, options=options)
+        await all_of(worker, HELLO, options={"max_completion_tokens": 5})
+        await worker.close()
+
+    asyncio.run(work())
+    assert site.asked[0][1] == {
+        "model": "m", "messages": [{"role": "system", "content": "of the node"}, picture], "max_tokens": 8, "stream": True,
+        "stream_options": {"include_usage": True}, "top_p": 0.5, "stop": ["x"], "tools": [{"type": "function"}], "n": 2}
+    assert "max_tokens" not in site.asked[1][1] and site.asked[1][1]["max_completion_tokens"] == 5
+
+
+def test_a_step_passes_options_on(serve: Callable[..., Site]) -> None:
+    site = serve(stream(GOOD))
+    node = Node("n", 0, "d", WorkerSpec("openai", model="m", urls=(site.url,)))
+
+    async def work() -> None:
+        worker = OpenAIWorker([site.url], "m")
+
+        async def opened(node: Node) -> Worker:
+            return worker
+
+        assert [d async for d in execute.run(node, [], HELLO, opened, options={"seed": 7})]
+        await worker.close()
+
+    asyncio.run(work())
+    assert site.asked[0][1]["seed"] == 7
+
+
+# --- keys ---
+
+
+def test_a_key_that_a_server_says_back_is_not_in_the_error(serve: Callable[..., Site]) -> None:
+    key = {"key_env": "K", "environment": {"K": KEY}}
+    said = f"Incorrect API key {KEY}"
+    for act in (lambda post: post.status(401, json.dumps({"error": said}).encode()), stream(b"data: " + json.dumps({"error": said}).encode() + b"\n\n"),
+                lambda post: post.wfile.write(f"{KEY}\r\n\r\n".encode())):
+        with pytest.raises(WorkerError) as caught:
+            ask(serve(act).url, **key)
+        assert KEY not in "".join(traceback.format_exception(caught.value)) and KEY not in repr(caught.value.__cause__)
+
+
+def test_a_redirect_is_not_followed_and_no_other_host_gets_the_key(serve: Callable[..., Site]) -> None:
+    other = serve(stream(GOOD))
+    site = serve(lambda post: post.status(308, Location=other.url + "/chat/completions"))
+    with pytest.raises(WorkerError, match="answered 308"):
+        ask(site.url, other.url, key_env="K", environment={"K": KEY})
+    assert not other.asked and site.heard[0][1]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_a_password_in_a_url_is_neither_shown_nor_said(refused: str) -> None:
+    with pytest.raises(WorkerError, match="cannot be reached") as caught:
+        ask(refused.replace("//", "//me:secret@"))
+    assert "secret" not in str(caught.value)
+
+
+# --- connections ---
+
+
+def test_a_connection_is_used_again(serve: Callable[..., Site]) -> None:
+    def act(post: Post) -> None:
+        post.send_response(200)
+        post.send_header("Transfer-Encoding", "chunked")
+        post.end_headers()
+        post.wfile.write(b"%x\r\n%s\r\n" % (len(GOOD), GOOD))
+        answered.wait(20)
+        post.wfile.write(b"0\r\n\r\n")
+        ended.set()
+
+    answered, ended = threading.Event(), threading.Event()
+    site = serve(act, KeptPost)
+
+    async def work() -> None:
+        worker = OpenAIWorker([site.url], "m")
+        await all_of(worker)  # does not wait for the end of the body
+        answered.set()
+        assert await asyncio.to_thread(ended.wait, 20)
+        await all_of(worker)
+        await worker.close()
+
+    asyncio.run(work())
+    assert len(site.heard) == 2 and len({port for port, _ in site.heard}) == 1
+
+
+def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(serve: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy, site = serve(stream(GOOD)), serve(stream(GOOD))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "inside.invalid")
+    monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:pw@"))
+    assert text_of(ask("http://worker.invalid/v1")) == text_of(ask(site.url)) == "good morning"
+    assert [path for path, _ in proxy.asked] == ["http://worker.invalid/v1/chat/completions"] and len(site.asked) == 1
+    assert proxy.heard[0][1]["Proxy-Authorization"].startswith("Basic ")
+    with pytest.raises(WorkerError, match="cannot be reached"):
+        ask("http://inside.invalid/v1")
+    assert len(proxy.asked) == 1
+
+
+def test_a_server_that_only_says_that_it_lives_runs_into_the_timeout(serve: Callable[..., Site]) -> None:
+    left = threading.Event()
+
+    def act(post: Post) -> None:
+        post.status(200, b": ping\n\n")
+        try:
+            while not left.wait(0.02):
+                post.wfile.write(b": ping\n\n")
+        except OSError:
+            left.set()
+
+    with pytest.raises(WorkerTimeout, match="did not answer within"):
+        ask(serve(act).url, timeout_s=0.4)
+    assert left.wait(20)
+
+
+def test_a_call_that_is_cancelled_before_its_first_piece_closes_its_connection(serve: Callable[..., Site]) -> None:
+    came, closed = threading.Event(), threading.Event()
+
+    def act(post: Post) -> None:
+        came.set()
+        if post.connection.recv(1) == b"":
+            closed.set()
+
+    site = serve(act)
+
+    async def work() -> None:
+        worker = OpenAIWorker([site.url], "m")
+        task = asyncio.create_task(all_of(worker))
+        assert await asyncio.to_thread(came.wait, 20)
+        assert worker.states()[0]["outstanding"] == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(closed.wait, 20)
+        assert worker.states() == [{"url": site.url, "outstanding": 0, "failures": 0, "open_until": 0.0}]
+        await worker.close()
+
+    asyncio.run(work())
 
 
 def test_an_endless_line_is_refused_and_the_connection_is_closed(serve: Callable[..., Site]) -> None:
@@ -336,7 +583,7 @@ def test_replicas_take_turns(serve: Callable[..., Site]) -> None:
     sites = [serve(stream(GOOD)) for _ in range(2)]
 
     async def work() -> None:
-        worker = OpenAIWorker([s.url for s in sites], "m")
+        worker = OpenAIWorker([s.url for s in sites], "m", pick=first)
         for counts in ((1, 0), (1, 1), (2, 1), (2, 2)):
             await all_of(worker)
             assert tuple(len(s.asked) for s in sites) == counts
@@ -363,6 +610,74 @@ def test_a_replica_that_never_takes_the_call_is_passed_over(serve: Callable[...,
             waiting.setblocking(False)
             waiting.connect_ex(deaf.getsockname())
         assert text_of(ask(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", good.url, timeout_s=1)) == "good morning"
+
+
+@pytest.mark.parametrize("status, again", [(400, False), (401, False), (403, False), (404, False), (422, False),
+                                           (429, True), (500, True), (502, True), (503, True), (504, True)])
+def test_a_status_decides_whether_another_replica_is_asked(serve: Callable[..., Site], status: int, again: bool) -> None:
+    bad, good = serve(lambda post: post.status(status)), serve(stream(GOOD))
+    if again:
+        assert text_of(ask(bad.url, good.url)) == "good morning"
+    else:
+        with pytest.raises(Refusal) as caught:
+            ask(bad.url, good.url)
+        assert caught.value.status == status and not good.asked
+
+
+@pytest.mark.parametrize("act, again", [
+    (stream(), True), (lambda post: None, True), (stream(event(), DONE), True), (stream(b"data: {}}\n\n"), True),
+    (stream(b'data: {"error": {"code": 500}}\n\n'), True), (stream(b'data: {"error": {"code": 400}}\n\n'), False)])
+def test_an_answer_that_ends_before_its_first_piece_is_asked_for_elsewhere(
+        serve: Callable[..., Site], act: Callable[[Post], None], again: bool) -> None:
+    bad, good = serve(act), serve(stream(GOOD))
+    if again:
+        assert text_of(ask(bad.url, good.url)) == "good morning"
+    else:
+        with pytest.raises(WorkerError):
+            ask(bad.url, good.url)
+    assert len(good.asked) == again
+
+
+def calls(worker: OpenAIWorker, count: int) -> list[dict[str, Any]]:
+    async def work() -> list[dict[str, Any]]:
+        for _ in range(count):
+            with suppress(WorkerError):
+                await all_of(worker)
+        await worker.close()
+        return worker.states()
+
+    return asyncio.run(work())
+
+
+def test_a_replica_that_fails_three_times_is_left_alone(serve: Callable[..., Site]) -> None:
+    bad, good = serve(lambda post: post.status(503)), serve(stream(GOOD))
+    states = calls(OpenAIWorker([bad.url, good.url], "m"), 40)
+    assert states[0]["failures"] == len(bad.asked) >= 3 and states[0]["open_until"] > 0
+    assert len(bad.asked) < 10 and len(good.asked) == 40
+
+
+@pytest.mark.parametrize("header", ["30", "Fri, 31 Dec 2100 23:59:59 GMT"])
+def test_a_replica_that_says_when_to_come_back_is_left_alone_until_then(serve: Callable[..., Site], header: str) -> None:
+    bad, good = serve(lambda post: post.status(429, Retry_After=header)), serve(stream(GOOD))
+    began = time.monotonic()
+    states = calls(OpenAIWorker([bad.url, good.url], "m"), 6)
+    assert len(bad.asked) == 1 and len(good.asked) == 6
+    assert states[0]["failures"] == 0 and began + 30 <= states[0]["open_until"] <= time.monotonic() + 30
+
+
+def test_a_replica_whose_callers_lose_patience_counts_as_failing(serve: Callable[..., Site]) -> None:
+    left = threading.Event()
+    site = serve(lambda post: left.wait(20) and None)
+
+    async def work() -> None:
+        worker = OpenAIWorker([site.url], "m", timeout_s=0.3)
+        with pytest.raises((asyncio.TimeoutError, WorkerTimeout)):
+            await asyncio.wait_for(all_of(worker), 0.29)
+        assert worker.states()[0]["failures"] == 1
+        left.set()
+        await worker.close()
+
+    asyncio.run(work())
 
 
 def test_when_every_replica_fails_the_last_error_is_raised(serve: Callable[..., Site], refused: str) -> None:
@@ -480,13 +795,26 @@ def test_an_engine_that_cannot_be_loaded_is_tried_again_by_the_next_who_asks(toy
     embedded(tmp_path / "late.gguf", work)
 
 
+@pytest.mark.parametrize("options, temperature, unknown", [
+    ({"seed": 1, "top_p": 0.5, "user": "me", "n": 1, "stop": None, "tools": []}, 0.0, ""),
+    ({"seed": 1}, 0.7, "seed"), ({"stop": ["x"]}, 0.0, "stop"), ({"n": 2}, 0.0, "n"), ({"tools": [{}]}, 0.0, "tools")])
+def test_an_embedded_worker_refuses_options_that_it_cannot_follow(options: dict[str, Any], temperature: float, unknown: str) -> None:
+    async def load() -> Engine:
+        raise EngineError("asked for")
+
+    worker = EmbeddedWorker(SharedEngine(load))
+    with pytest.raises(QueryError if unknown else EngineError, match=repr(unknown) if unknown else "asked for") as caught:
+        asyncio.run(all_of(worker, temperature=temperature, options=options))
+    assert not unknown or "temperature" in str(caught.value)
+
+
 # --- scripted ---
 
 
 def test_a_scripted_worker_answers_from_its_table_word_by_word() -> None:
     async def work() -> None:
         worker = ScriptedWorker({"hello there": "hi", "*": "you said {}"})
-        assert text_of(await all_of(worker)) == "hi"
+        assert text_of(await all_of(worker, options={"n": 2})) == "hi"
         deltas = await all_of(worker, TALK)
         assert deltas == [Delta("you"), Delta(" said"), Delta(" three"),
                           Delta(done=True, finish="stop", usage={"prompt_tokens": 1, "completion_tokens": 3})]

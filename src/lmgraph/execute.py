@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerTimeout
 from lmgraph.graph import Node
@@ -27,6 +28,7 @@ async def run(
     *,
     max_tokens: int | None = None,
     temperature: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> AsyncGenerator[Delta | Step, None]:
     """Stream one step: Deltas of text, then one finished Step per node that was tried (the last one holds the answer).
 
@@ -44,7 +46,7 @@ async def run(
             try:
                 worker = await open_worker(candidate)
                 limit = max_tokens or candidate.worker.max_tokens
-                async with aclosing(_timed(worker, messages, limit, temperature, candidate.worker.timeout_s)) as deltas:
+                async with aclosing(_timed(worker, messages, limit, temperature, options, candidate.worker.timeout_s)) as deltas:
                     async for delta in deltas:
                         if delta.done:
                             took = (time.perf_counter() - began) * 1000
@@ -73,10 +75,16 @@ async def run(
 
 
 async def _timed(
-    worker: Worker, messages: Sequence[Message], max_tokens: int, temperature: float | None, timeout_s: float
+    worker: Worker,
+    messages: Sequence[Message],
+    max_tokens: int,
+    temperature: float | None,
+    options: Mapping[str, Any] | None,
+    timeout_s: float,
 ) -> AsyncGenerator[Delta, None]:
     """The worker's stream; each piece must come within `timeout_s` of the one before."""
-    stream = worker.stream(messages, max_tokens=max_tokens, temperature=temperature)
+    more: dict[str, Any] = {"options": options} if options else {}
+    stream = worker.stream(messages, max_tokens=max_tokens, temperature=temperature, **more)
     try:
         while True:
             try:

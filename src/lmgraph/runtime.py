@@ -221,7 +221,13 @@ class Runtime:
         messages = (*ask.messages[:last], Message("user", request))
         steps: list[Step] = []
         stream = execute.run(
-            self.graph.nodes[name], self._chain(name), messages, self.worker, max_tokens=ask.max_tokens, temperature=ask.temperature
+            self.graph.nodes[name],
+            self._chain(name),
+            messages,
+            self.worker,
+            max_tokens=ask.max_tokens,
+            temperature=ask.temperature,
+            options=ask.options,
         )
         try:
             async for item in stream:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 from lmgraph.engine import Engine
+from lmgraph.errors import QueryError
 from lmgraph.types import Delta, Message
+
+LABELS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+"""options that say something about a request and nothing about its answer"""
+NEUTRAL = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"}, "tool_choice": "none"}
+"""option -> the value that changes nothing"""
+GREEDY = {"seed", "top_p"}
+"""options without effect at temperature 0"""
 
 
 class SharedEngine:
@@ -40,13 +49,16 @@ class EmbeddedWorker:
         self._system = system
         self._temperature = default_temperature
 
-    async def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None) -> AsyncIterator[Delta]:
+    async def stream(
+        self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None, options: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[Delta]:
+        heat = temperature if temperature is not None else self._temperature if self._temperature is not None else 0.0
+        _check(options or {}, greedy=heat == 0)
         engine = await self._shared.get()
         turns = [(m.role, m.content) for m in messages]
         if self._system:
             turns = [("system", self._system), *(t for t in turns if t[0] != "system")]
         ids = await engine.render(turns)
-        heat = temperature if temperature is not None else self._temperature if self._temperature is not None else 0.0
         finish, used = "stop", 0
         async with await engine.session() as session:
             stream = session.generate(ids, max_tokens, temperature=heat)
@@ -61,3 +73,14 @@ class EmbeddedWorker:
 
     async def close(self) -> None:
         await self._shared.close()
+
+
+def _check(options: Mapping[str, Any], greedy: bool) -> None:
+    """Refuse an option that would have an effect which this worker cannot give."""
+    for name, value in options.items():
+        nothing = value is None or value is False or value in ([], {}, "") or (name in NEUTRAL and value == NEUTRAL[name])
+        if not (nothing or name in LABELS or (greedy and name in GREEDY)):
+            raise QueryError(
+                f"An embedded worker does not know the option {name!r}.",
+                "It knows temperature and max_tokens, and seed at temperature 0; a node with an OpenAI-compatible server knows more.",
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 from lmgraph.errors import WorkerError
 from lmgraph.types import Delta, Message
@@ -11,14 +12,16 @@ from lmgraph.types import Delta, Message
 class ScriptedWorker:
     """`answers`: request -> answer, '*' for any other; '{}' in an answer becomes the request. Streams word by word.
 
-    An answer that starts with '!' is raised as a WorkerError, to try out fallbacks.
+    An answer that starts with '!' is raised as a WorkerError, to try out fallbacks. Options have no effect.
     """
 
     def __init__(self, answers: Mapping[str, str]) -> None:
         self._answers = answers
         self.asked: list[tuple[Message, ...]] = []
 
-    async def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None) -> AsyncIterator[Delta]:
+    async def stream(
+        self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None, options: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[Delta]:
         self.asked.append(tuple(messages))
         request = messages[-1].content
         answer = self._answers.get(request, self._answers.get("*", "{}")).replace("{}", request)

@@ -1,0 +1,207 @@
+"""How one answer of an OpenAI-compatible server is read as its bytes come: bytes in, pieces out. Pure; the hot path of openai.py.
+
+It knows server-sent events (WHATWG HTML section 9.2), chat completion chunks and completions that are not streamed. It knows no
+connection. What is not an answer is refused as a WorkerError that names the server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lmgraph.errors import WorkerError
+from lmgraph.types import Delta
+
+LINE_LIMIT, BODY_LIMIT = 1 << 20, 16 << 20
+"""bytes of one line (and of one event), bytes of an answer that is not streamed; a server that sends more is refused"""
+PLAIN_CHOICE, PLAIN_DELTA = frozenset({"index", "delta", "finish_reason"}), frozenset({"role", "content"})
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+"""NaN and the like are no JSON, but servers send them as log-probabilities"""
+
+
+class Refusal(WorkerError):
+    """The server answered with an error; `status` is the HTTP status, or the code of an error in a stream; 0: it gave none."""
+
+    status = 0
+
+
+class Reading:
+    """One answer: `feed` it bytes until it is `over`, or `end` it where the body ends; `last` is its last piece. Raises WorkerError.
+
+    Pieces come as early as they can: an event does not wait for the blank line behind it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.over = False
+        """nothing more is to come"""
+        self._url = url
+        self._whole: bool | None = None
+        """not a stream but one JSON object; None: not known yet"""
+        self._rest = bytearray()
+        self._data: list[bytes] = []
+        """data lines of an event that has more than one"""
+        self._size = 0
+        self._failing = False
+        """the event is called `error`"""
+        self._finish = ""
+        self._usage: dict[str, int] = {}
+        self._others: dict[int, bool] = {}
+        """choices after the first one -> finished"""
+
+    def feed(self, chunk: bytes) -> Iterator[Delta]:
+        """The pieces that these bytes complete."""
+        if self._whole is None:
+            chunk = chunk.lstrip(b"\xef\xbb\xbf \t\r\n")
+            if not chunk:
+                return
+            self._whole = chunk[:1] == b"{"
+        if self._whole or b"\n" not in chunk:
+            self._rest += chunk
+            if len(self._rest) > (BODY_LIMIT if self._whole else LINE_LIMIT):
+                raise WorkerError(f"{self._url} sent {'too long an answer' if self._whole else 'an endless line'}.")
+            return
+        *lines, rest = (bytes(self._rest) + chunk if self._rest else chunk).split(b"\n")
+        self._rest = bytearray(rest)
+        for line in lines:
+            delta = self._take(line)
+            if delta is not None:
+                yield delta
+            if self.over:
+                return
+
+    def end(self) -> Iterator[Delta]:
+        """The pieces that the end of the body completes."""
+        self.over = True
+        rest = bytes(self._rest)
+        if self._whole:
+            self._data = [rest]
+        for delta in (None if self._whole else self._take(rest), self._flush()):
+            if delta is not None:
+                yield delta
+
+    def last(self) -> Delta:
+        """The last piece: finish and usage. Raises WorkerError when the answer was not finished."""
+        if not self._finish or not all(self._others.values()):
+            raise WorkerError(f"{self._url} ended its stream before the answer was finished.")
+        return Delta(done=True, finish=self._finish, usage=self._usage)
+
+    def _take(self, line: bytes) -> Delta | None:
+        if line[:5] == b"data:":
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                self.over = True
+                return self._flush()
+            if not self._data:
+                if not data:
+                    return None
+                try:
+                    event = _parse(data)
+                except ValueError:
+                    pass  # garbage, or the first line of several: the blank line will show
+                else:
+                    return self._fold(event)
+            self._data.append(data)
+            self._size += len(data) + 1
+            if self._size > LINE_LIMIT:
+                raise WorkerError(f"{self._url} sent an endless event.")
+            return None
+        line = line.strip()
+        if not line:
+            delta = self._flush()
+            self._failing = False
+            return delta
+        if line[:1] == b":":
+            return None
+        name, _, value = line.partition(b":")
+        if name == b"event":
+            self._failing = value.strip() == b"error"
+        elif not name.isalpha():
+            raise WorkerError(f"{self._url} sent something that is not an event: {line[:100].decode(errors='replace')!r}")
+        return None
+
+    def _flush(self) -> Delta | None:
+        """The event of the data lines so far."""
+        if not self._data:
+            return None
+        data = b"\n".join(self._data)
+        self._data, self._size = [], 0
+        try:
+            event = _parse(data)
+        except ValueError as error:
+            text = data[:300].decode(errors="replace")
+            if self._failing:
+                raise refusal(f"{self._url} answered with an error: ", text) from None
+            raise WorkerError(f"{self._url} sent something that is not JSON: {text[:100]!r}") from error
+        return self._fold(_chunk(event) if self._whole else event)
+
+    def _fold(self, event: Any) -> Delta | None:
+        """The piece of one chunk, None when it has none (a role, usage, a finish); an odd shape is passed over."""
+        if not isinstance(event, dict):
+            return None
+        error = event.get("error")
+        if error or self._failing:
+            raise refusal(f"{self._url} answered with an error: ", error or event)
+        usage = event.get("usage")
+        if usage and isinstance(usage, dict):
+            self._usage.update((name, value) for name, value in usage.items() if isinstance(value, int))
+        choices = event.get("choices")
+        if not isinstance(choices, list):
+            return None
+        choices = [choice for choice in choices if isinstance(choice, dict)]
+        text, more = "", len(choices) > 1
+        for choice in choices:
+            delta, index, reason = choice.get("delta"), choice.get("index"), choice.get("finish_reason")
+            content = delta.get("content") if isinstance(delta, dict) else None
+            if index and isinstance(index, int):
+                more = True
+                self._others[index] = bool(reason) or self._others.get(index, False)
+            else:
+                self._finish = str(reason or self._finish)
+                if content and isinstance(content, str):
+                    text += content
+            more = more or _more(choice, PLAIN_CHOICE) or (isinstance(delta, dict) and _more(delta, PLAIN_DELTA))
+            more = more or (isinstance(content, list) and bool(content))
+        return Delta(text, choices=tuple(choices) if more else ()) if text or more else None
+
+
+def refusal(opening: str, error: Any, status: int = 0) -> Refusal:
+    """What a server's `error` (an object, or anything) says, behind `opening`; without a status its own code is taken."""
+    detail = error if isinstance(error, dict) else {}
+    found = Refusal(opening + str(detail.get("message", error))[:300])
+    code = detail.get("code")
+    found.status = status or (code if isinstance(code, int) and 400 <= code < 600 else 0)
+    return found
+
+
+def _more(found: Mapping[str, Any], plain: frozenset[str]) -> bool:
+    """Whether anything besides `plain` is said (null, [] and 0 say nothing)."""
+    return not found.keys() <= plain and any(found[name] for name in found.keys() - plain)
+
+
+def _chunk(completion: Any) -> Any:
+    """A completion that was not streamed, in the shape of a chunk. It is whole, so what does not say how it finished has stopped."""
+    choices = completion.get("choices") if isinstance(completion, dict) else None
+    if not isinstance(choices, list):
+        return completion
+    chunks = []
+    for choice in choices:
+        if isinstance(choice, dict):
+            message = choice.get("message")
+            delta = dict(message) if isinstance(message, dict) else {}
+            if isinstance(calls := delta.get("tool_calls"), list):  # in a chunk each call has its number
+                delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)]
+            rest = {name: value for name, value in choice.items() if name != "message"}
+            chunks.append({**rest, "delta": delta, "finish_reason": choice.get("finish_reason") or "stop"})
+    return {**completion, "choices": chunks}
+
+
+def _parse(data: bytes) -> Any:
+    """JSON; raises ValueError. Halves of surrogate pairs, which no UTF-8 can hold, become '?'."""
+    try:
+        event = DECODER.decode(data.decode())
+        if b"\\ud" in data or b"\\uD" in data:
+            event = json.loads(json.dumps(event, ensure_ascii=False).encode(errors="replace"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return event
