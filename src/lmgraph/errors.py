@@ -6,6 +6,7 @@
     │   ├── SettingsError    an environment variable cannot be used
     │   ├── DataError        a data file cannot be used (line named)
     │   ├── QueryError       a query that cannot be answered (empty, not text)
+    │   ├── RequestError     a request over the wire that a door does not accept
     │   └── MissingExtra     an optional dependency is not installed
     ├── AssetError           weights: not found, wrong digest, no space, no source answered
     ├── MasterError          the master's fault
@@ -69,6 +70,17 @@ class QueryError(UserError):
     """A query that cannot be answered."""
 
     code = "invalid_query"
+
+
+class RequestError(UserError):
+    """A request over the wire that a door does not accept: `param` is the field, `status` the HTTP status."""
+
+    code = "bad_request"
+
+    def __init__(self, message: str, hint: str = "", *, param: str | None = None, code: str = "", status: int = 400) -> None:
+        super().__init__(message, hint)
+        self.param, self.status = param, status
+        self.code = code or self.code
 
 
 class MissingExtra(UserError):

@@ -29,10 +29,12 @@ async def run(
     max_tokens: int | None = None,
     temperature: float | None = None,
     options: Mapping[str, Any] | None = None,
+    answering: Callable[[str], None] | None = None,
 ) -> AsyncGenerator[Delta | Step, None]:
     """Stream one step: Deltas of text, then one finished Step per node that was tried (the last one holds the answer).
 
-    `chain` are the nodes to try after `node`, in order. Raises the last error when all fail.
+    `chain` are the nodes to try after `node`, in order; `answering` is told the one whose worker gives the first piece.
+    Raises the last error when all fail.
     """
     request = messages[-1].content
     steps: list[Step] = []
@@ -48,6 +50,8 @@ async def run(
                 limit = max_tokens or candidate.worker.max_tokens
                 async with aclosing(_timed(worker, messages, limit, temperature, options, candidate.worker.timeout_s)) as deltas:
                     async for delta in deltas:
+                        if not text and answering:
+                            answering(candidate.name)
                         if delta.done:
                             took = (time.perf_counter() - began) * 1000
                             steps.append(Step(candidate.name, request, "".join(text), took, first, attempt, "", delta.usage))

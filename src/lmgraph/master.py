@@ -34,8 +34,8 @@ class Master:
         self.graph = graph
         self._template: dict[str, list[int]] = {}
 
-    async def decide(self, query: str, at: str = START, *, rewriting: bool | None = None) -> Decision:
-        """Decide where `query` goes from node `at`. `rewriting` overrides the nodes' own `rewrite:` setting.
+    async def decide(self, query: str, at: str = START, *, rewriting: bool | None = None, among: Sequence[str] | None = None) -> Decision:
+        """Decide where `query` goes from node `at`. `rewriting` overrides the nodes' own `rewrite:` setting; `among` narrows the choice.
 
         Raises QueryError for a query without content, NoDecision when nothing may follow `at`.
         """
@@ -43,7 +43,7 @@ class Master:
             raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
         if len(query) > MAX_CHARACTERS:
             raise QueryError(f"The query has {len(query):,} characters; at most {MAX_CHARACTERS:,} are taken.")
-        names = [name for name in self.graph.neighbours(at) if name != END]
+        names = [name for name in self.graph.neighbours(at) if name != END and (among is None or name in among)]
         if not names:
             raise NoDecision(f"No node may follow {at!r}.", f"Connect one: lmgraph graph connect {at} NODE")
         began = time.perf_counter()

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from lmgraph import assets, bundles, execute, graphfile
 from lmgraph.engine import Engine
-from lmgraph.errors import AssetError, GraphError, QueryError, UserError, WorkerError
+from lmgraph.errors import AssetError, GraphError, QueryError, RequestError, UserError, WorkerError
 from lmgraph.graph import Graph, Node
 from lmgraph.master import Master
 from lmgraph.settings import Settings
@@ -203,13 +203,28 @@ class Runtime:
             self._shared[path] = SharedEngine(lambda: Engine.open(path, context=4096, slots=1, threads=threads))
         return EmbeddedWorker(self._shared[path], spec.system, spec.temperature)
 
-    async def answer(self, ask: Ask, decided: Callable[[Decision], None] | None = None) -> AsyncIterator[Delta]:
-        """Stream an answer; the last Delta carries the Trace. `decided` is told the decision before the worker starts."""
+    @property
+    def loaded(self) -> bool:
+        """Whether the master is in memory."""
+        return self._master is not None
+
+    def states(self) -> dict[str, list[dict[str, object]]]:
+        """Health of every node's replicas, as far as calls have shown it (nodes over the wire that were asked at least once)."""
+        return {name: worker.states() for name, worker in self._workers.items() if isinstance(worker, OpenAIWorker)}
+
+    async def answer(
+        self, ask: Ask, decided: Callable[[Decision], None] | None = None, answering: Callable[[str], None] | None = None
+    ) -> AsyncIterator[Delta]:
+        """Stream an answer; the last Delta carries the Trace.
+
+        `decided` is told the decision before the worker starts, `answering` the node whose worker gives the first piece.
+        """
         if not ask.query.strip():
             raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
+        able = self._able(ask) if ask.needs else None
         decision: Decision | None = None
         if ask.node is None:
-            decision = await self.decide(ask.query)
+            decision = await (await self.master()).decide(ask.query, among=able)
             if decided:
                 decided(decision)
             name, request = decision.node, decision.rewritten
@@ -218,16 +233,20 @@ class Runtime:
         else:
             raise UserError(f"There is no node {ask.node!r}.", f"Valid: {', '.join(self.graph.nodes)}")
         last = max(i for i, m in enumerate(ask.messages) if m.role == "user")
-        messages = (*ask.messages[:last], Message("user", request))
+        if ask.messages[last].raw is not None or last + 1 < len(ask.messages):
+            messages = ask.messages  # pictures, or a tool's answer after it: passed on as it is
+        else:
+            messages = (*ask.messages[:last], Message("user", request))
         steps: list[Step] = []
         stream = execute.run(
             self.graph.nodes[name],
-            self._chain(name),
+            [node for node in self._chain(name) if able is None or node.name in able],
             messages,
             self.worker,
             max_tokens=ask.max_tokens,
             temperature=ask.temperature,
             options=ask.options,
+            answering=answering,
         )
         try:
             async for item in stream:
@@ -239,6 +258,15 @@ class Runtime:
                     yield item
         finally:
             await stream.aclose()
+
+    def _able(self, ask: Ask) -> list[str]:
+        """Nodes that accept what an ask needs besides text. Raises RequestError when there is none, or the pinned one does not."""
+        able = [name for name, node in self.graph.nodes.items() if ask.needs <= set(node.accepts)]
+        if not able or (ask.node in self.graph.nodes and ask.node not in able):
+            kinds = ", ".join(sorted({kind for node in self.graph.nodes.values() for kind in node.accepts}))
+            who = f"Node {ask.node} does not accept" if able else "No node accepts"
+            raise RequestError(f"{who} {' and '.join(sorted(ask.needs))}; what nodes of this graph accept: {kinds}.", param="messages")
+        return able
 
     def _chain(self, name: str) -> list[Node]:
         """Nodes that take over when a worker fails: the node's own fallback, its fallback, and so on, then the master's."""

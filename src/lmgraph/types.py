@@ -29,6 +29,8 @@ class Ask:
     temperature: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """further options of OpenAI's chat completions (top_p, stop, seed, n, tools, ...), for workers that know them"""
+    needs: frozenset[str] = frozenset()
+    """modalities besides text (image, audio) that the node must accept"""
 
     @property
     def query(self) -> str:

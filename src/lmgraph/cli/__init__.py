@@ -19,6 +19,7 @@ COMMANDS = {
     "ask": ("run", "Ask a question: decision, rewritten query, streamed answer."),
     "route": ("run", "Only decide: one query, or a JSON Lines file or stdin."),
     "chat": ("run", "Talk in the terminal; every turn is routed anew."),
+    "serve": ("serving", "Serve the graph as one OpenAI-compatible endpoint."),
     "graph": ("graphs", "Make, look at, check and edit graph.yaml."),
     "pull": ("weights", "Fetch weights now instead of on first use."),
     "bundle": ("weights", "Look at master bundles."),
