@@ -181,7 +181,8 @@ class Acts:
     def __init__(self, *acts: str | OutsideError | None) -> None:
         self.acts, self.asked, self.left = acts, 0, 0
 
-    async def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None) -> AsyncIterator[Delta]:
+    async def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None,
+                     options: Mapping[str, object] | None = None) -> AsyncIterator[Delta]:
         self.asked += 1
         try:
             for act in self.acts:

@@ -69,7 +69,8 @@ async def run(
                 if text:
                     words = f"Node {candidate.name!r} failed in the middle of its answer: {error.message}"
                     raise type(error)(words, error.hint) from error
-                if attempt == attempts or isinstance(error, (WorkerTimeout, EngineError)):
+                refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in (408, 429)
+                if attempt == attempts or refused or isinstance(error, (WorkerTimeout, EngineError)):
                     steps.append(Step(candidate.name, request, "", took, 0.0, attempt, error.message))
                     break
                 await asyncio.sleep(min(0.2 * 2 ** (attempt - 1), 2.0))
@@ -86,19 +87,63 @@ async def _timed(
     options: Mapping[str, Any] | None,
     timeout_s: float,
 ) -> AsyncGenerator[Delta, None]:
-    """The worker's stream; each piece must come within `timeout_s` of the one before."""
-    more: dict[str, Any] = {"options": options} if options else {}
-    stream = worker.stream(messages, max_tokens=max_tokens, temperature=temperature, **more)
+    """The worker's stream; each piece must come within `timeout_s` of being asked for."""
+    stream = worker.stream(messages, max_tokens=max_tokens, temperature=temperature, options=options)
+    patience = _Patience(timeout_s)
     try:
         while True:
             try:
-                delta = await asyncio.wait_for(anext(stream), timeout_s)
+                with patience:
+                    delta = await anext(stream)
             except StopAsyncIteration:
                 return
-            except asyncio.TimeoutError as error:
-                raise WorkerTimeout(f"No answer within {timeout_s:g} s.") from error
             yield delta
     finally:
+        patience.end()
         close = getattr(stream, "aclose", None)
         if close is not None:
             await close()
+
+
+class _Patience:
+    """`with patience:` raises WorkerTimeout when what is awaited inside takes too long; one timer for many rounds.
+
+    Not `asyncio.wait_for`: that starts a task for every piece of an answer (Python 3.11), which costs more than reading it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[object] | None = None
+        """who waits; None between two rounds"""
+        self._deadline = 0.0
+        self._expired = False
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._deadline = self._loop.time() + self._seconds
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._deadline, self._ring)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        task, self._task = self._task, None
+        if self._expired and isinstance(error, asyncio.CancelledError):
+            if task is not None and hasattr(task, "uncancel"):  # Python 3.11: it is we who cancelled
+                task.uncancel()
+            raise WorkerTimeout(f"No answer within {self._seconds:g} s.") from error
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._task is None:
+            return
+        if self._loop.time() < self._deadline:
+            self._timer = self._loop.call_at(self._deadline, self._ring)
+        else:
+            self._expired = True
+            self._task.cancel()
+
+    def end(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
