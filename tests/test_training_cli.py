@@ -259,3 +259,28 @@ def test_pull_finds_what_is_there_and_verify_finds_a_damaged_byte(lmgraph: Comma
     assert lmgraph("pull", "toy").code == 0, "without --verify nobody reads every byte"
     found = lmgraph("pull", "--verify", "toy")
     assert found.code == 1 and "toy.gguf is damaged" in found.err and "could not be fetched" in found.err and not path.exists()
+
+
+# ---------------------------------------------------------------- LoRA and rows
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's and transformers' own
+def test_tune_leaves_a_bundle_and_goes_on_from_it_on_more_data(lmgraph: Command, in_catalogue: assets.Asset) -> None:
+    pytest.importorskip("torch", reason="training is an extra: pip install 'lmgraph[train]'")
+    rows = [{"query": f"{q} {i}", "node": n, "rewrite": f"{q} {i}"} for i in range(2) for q, n in toy_queries()]
+    write("examples.jsonl", jsonl(*rows))
+    write("more.jsonl", jsonl(*({"query": f"{q} again", "node": n} for q, n in toy_queries())))
+    write("graph.yaml", toy_graph(Path("second")))
+    common = ("train", "tune", "--data", "examples.jsonl", "--base", "toy", "--tokens", "6", "--batch-tokens", "512", "--threads", "2")
+    found = lmgraph(*common, "--rank", "2", "--epochs", "1", "--rewrite-share", "0.5", "--out", "first")
+    assert found.code == 0, found.err
+    first = found.data
+    assert first["examples"] + first["kept"]["n"] == 72 and 15 < first["rewrites"] < first["examples"] - 15
+    found = lmgraph(*common, "--data", "more.jsonl", "--rank", "2", "--epochs", "0.5", "--start", "first", "--replay", "0.2", "--out", "second")
+    assert found.code == 0, found.err
+    second = found.data
+    assert second["examples"] + second["kept"]["n"] < 72 + 36 - 30, "a fifth of the first file and all of the second"
+    assert bundles.read("second").vocabulary.nodes == {name: i for i, name in enumerate(WORDS)}
+    assert lmgraph("graph", "check").code == 0 and set(chosen(lmgraph, [q for q, _ in toy_queries(2)])) <= set(WORDS)
+    found = lmgraph(*common, "--rank", "4", "--start", "first", "--out", "third")
+    assert found.code == 2 and "does not fit" in found.err and "rank" in found.err

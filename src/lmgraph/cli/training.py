@@ -61,6 +61,13 @@ def train() -> None:
     show_default=True,
     help="share of the first --data files to use (all but the last file)",
 )
+@click.option(
+    "--rewrite-share",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="share of the rewrites that is taught; the other examples teach only the choice, at half the cost",
+)
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="0: what torch chooses")
 @click.option(
     "--recipe", "recipe_file", type=click.Path(path_type=Path, exists=True), help="recipe.json of another run; options given here win"
@@ -75,6 +82,7 @@ def tune(
     recipe_file: Path | None,
     start: Path | None,
     replay: float,
+    rewrite_share: float,
     **options: Any,
 ) -> None:
     """LoRA on the trunk and rows for the functional tokens of a graph. Goes on from the last checkpoint in --out.
@@ -91,6 +99,8 @@ def tune(
     if replay < 1:
         fresh = {e.query for e in data.load(files[-1:])}
         training = [e for e in training if e.query in fresh or data.held_out(e, 10 + round(90 * replay))]
+    if rewrite_share < 1:
+        training = [e if data.held_out(e, 10 + round(90 * rewrite_share)) else replace(e, rewrite="") for e in training]
     validation = {"kept": kept, **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
     try:
         from lmgraph.train import tune as tuning
