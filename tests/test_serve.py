@@ -201,7 +201,7 @@ def test_a_bad_body_is_a_400_that_says_what_was_found_and_expected(http: httpx.C
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(http: httpx.Client) -> None:
     def endless() -> Iterator[bytes]:
-        while True:
+        for _ in range(10_000):
             yield b" " * 65536
 
     assert http.post("/v1/chat/completions", content=b" " * (5 << 20)).status_code == 413

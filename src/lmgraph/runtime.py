@@ -219,9 +219,9 @@ class Runtime:
 
         `decided` is told the decision before the worker starts, `answering` the node whose worker gives the first piece.
         """
-        if not ask.query.strip():
-            raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
         able = self._able(ask) if ask.needs else None
+        if not ask.query.strip() and not (ask.needs and ask.node):
+            raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
         decision: Decision | None = None
         if ask.node is None:
             decision = await (await self.master()).decide(ask.query, among=able)

@@ -29,6 +29,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 LOG = logging.getLogger("lmgraph.serve")
+AFTER: dict[int, Headers] = {429: [(b"retry-after", b"1")], 408: [(b"connection", b"close")], 413: [(b"connection", b"close")]}
+"""status -> headers: a client that is still sending is cut off, or its body would be read to its end"""
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
@@ -173,8 +175,7 @@ class Gateway:
         except Gone:
             request.status = request.status or 499
         except LmgraphError as error:
-            retry: Headers = [(b"retry-after", b"1")] if wire.status_of(error) == 429 else []
-            await request.fail(error, retry)
+            await request.fail(error, AFTER.get(wire.status_of(error)))
         except Exception:
             LOG.exception("request %s failed", request.id)
             await request.fail(LmgraphError("Internal error: this is a bug in lmgraph.", f"Its log has request {request.id}."))
