@@ -233,7 +233,7 @@ class Runtime:
         else:
             raise UserError(f"There is no node {ask.node!r}.", f"Valid: {', '.join(self.graph.nodes)}")
         last = max(i for i, m in enumerate(ask.messages) if m.role == "user")
-        if ask.messages[last].raw is not None or last + 1 < len(ask.messages):
+        if any(m.raw is not None for m in ask.messages[last:]):
             messages = ask.messages  # pictures, or a tool's answer after it: passed on as it is
         else:
             messages = (*ask.messages[:last], Message("user", request))

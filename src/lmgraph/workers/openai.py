@@ -65,6 +65,7 @@ class OpenAIWorker:
         self._key_env, self._environment = key_env, environment
         self._session: aiohttp.ClientSession | None = None
         self._proxies: dict[str, str | None] = {}
+        self._ending: set[aiohttp.ClientResponse] = set()
 
     async def stream(
         self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None, options: Mapping[str, Any] | None = None
@@ -113,7 +114,7 @@ class OpenAIWorker:
             finally:  # no await in here: it also runs when the stream is left early
                 self._replicas.release(replica, given_up=not verdict)
                 if response is not None:
-                    _part(response, reading.over)
+                    self._part(response, reading.over)
             yield final
             return
         raise last or WorkerError("no URL is configured")
@@ -123,9 +124,24 @@ class OpenAIWorker:
         return self._replicas.states()
 
     async def close(self) -> None:
+        for response in self._ending:
+            response.close()
+        self._ending.clear()
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    def _part(self, response: aiohttp.ClientResponse, over: bool) -> None:
+        """Leave a response: at once, or (its answer is over, only the end of its body is to come) a moment after it."""
+        if over and not response.content.at_eof():
+            self._ending.add(response)
+            asyncio.get_running_loop().call_later(LINGER_S, self._end, response)
+        else:
+            response.close()
+
+    def _end(self, response: aiohttp.ClientResponse) -> None:
+        response.close()
+        self._ending.discard(response)
 
     async def _post(self, replica: Replica, body: bytes, key: str) -> aiohttp.ClientResponse:
         if self._session is None:  # here, because it belongs to the loop that runs now
@@ -202,14 +218,6 @@ class OpenAIWorker:
         elif isinstance(error, aiohttp.ClientPayloadError):
             words = f"its answer broke off, the connection was closed ({words})"
         return WorkerError(f"{url} cannot be reached: {words or type(error).__name__}.", REACH)
-
-
-def _part(response: aiohttp.ClientResponse, over: bool) -> None:
-    """Leave a response: at once, or (its answer is over, only the end of its body is to come) a moment after it."""
-    if over and not response.content.at_eof():
-        asyncio.get_running_loop().call_later(LINGER_S, response.close)
-    else:
-        response.close()
 
 
 def _proxy(url: str) -> str | None:
