@@ -233,10 +233,8 @@ class Runtime:
         else:
             raise UserError(f"There is no node {ask.node!r}.", f"Valid: {', '.join(self.graph.nodes)}")
         last = max(i for i, m in enumerate(ask.messages) if m.role == "user")
-        if any(m.raw is not None for m in ask.messages[last:]):
-            messages = ask.messages  # pictures, or a tool's answer after it: passed on as it is
-        else:
-            messages = (*ask.messages[:last], Message("user", request))
+        plain = all(m.raw is None for m in ask.messages[last:])  # else: pictures, or a tool's answer after it; passed on as it is
+        messages = (*ask.messages[:last], Message("user", request)) if plain else ask.messages
         steps: list[Step] = []
         stream = execute.run(
             self.graph.nodes[name],
