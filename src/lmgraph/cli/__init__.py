@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; turn every failure into a message and an exit code (1 failure, 2 usage, 130 interrupted)."""
     try:
         result = lmgraph.main(args=arguments, prog_name="lmgraph", standalone_mode=False)
+        _flush()
         sys.exit(result if isinstance(result, int) else 0)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo("\nInterrupted.", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go()
         sys.exit(141)
     except LmgraphError as error:
         _show(error)
@@ -79,6 +80,19 @@ def main(arguments: list[str] | None = None) -> None:
         click.secho(f"Internal error: {type(error).__name__}: {error}", fg="red", err=True)
         click.echo("This is a bug in lmgraph. Run again with PYTHONDEVMODE=1 for the traceback and report it.", err=True)
         sys.exit(70)
+
+
+def _flush() -> None:
+    """Write out what is left here, where a reader that went away is no surprise; Python's own flush at the end would complain."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _let_go()
+        sys.exit(141)
+
+
+def _let_go() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show(error: LmgraphError) -> None:
