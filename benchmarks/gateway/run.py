@@ -205,7 +205,7 @@ def soak(server: Server, requests: int) -> list[dict[str, Any]]:
 
 def open_streams(server: Server, streams: int) -> dict[str, Any]:
     """Memory with so many open streams, and after their clients have left."""
-    measure(server, "stream", "--connections", 16, "--requests", 500)
+    measure(server, "stream", "--connections", 16, "--requests", streams)
     before = resident(server.process.pid)
     command = load_command(server, "--hold", streams, "--patience", 120, model=server.model.replace("mock", "hold"))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -284,6 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--warm-up", type=int, default=200, help="requests before the first measurement, plain and streaming, to each server")
     parser.add_argument("--connections", type=int, nargs="+", default=list(CONNECTIONS))
     parser.add_argument("--only", default="direct,bare,lmgraph,kept", help="servers, separated by commas")
     parser.add_argument("--plain", action="store_true", help="a gateway without keys and store")
@@ -314,7 +315,7 @@ def main() -> None:
         report["machine"] = machine(venv)
         for server in wanted:
             for mode in MODES:
-                measure(server, mode, "--connections", 16, "--requests", 200, "--patience", 600)
+                measure(server, mode, "--connections", 16, "--requests", options.warm_up, "--patience", 600)
         report["resident_before"] = {s.name: resident(s.process.pid) for s in wanted}
         for i in range(options.rounds):
             for mode in MODES:
