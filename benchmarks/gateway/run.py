@@ -284,7 +284,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--warm-up", type=int, default=200, help="requests before the first measurement, plain and streaming, to each server")
+    parser.add_argument(
+        "--warm-up", type=int, default=200, help="requests before the first measurement, plain and streaming, to each server"
+    )
     parser.add_argument("--connections", type=int, nargs="+", default=list(CONNECTIONS))
     parser.add_argument("--only", default="direct,bare,lmgraph,kept", help="servers, separated by commas")
     parser.add_argument("--plain", action="store_true", help="a gateway without keys and store")
