@@ -161,7 +161,7 @@ def check(answer: bytearray, body: int, stream: bool, *, thorough: bool = False)
 
 def dechunk(answer: bytearray, at: int) -> bytes:
     """The body of a chunked answer. Raises ValueError when it is not whole."""
-    parts = []
+    parts: list[bytearray] = []
     while True:
         end = answer.index(b"\r\n", at)
         size = int(answer[at:end], 16)
