@@ -86,7 +86,7 @@ def test_every_supported_field_arrives() -> None:
     assert (said.instructions, said.temperature, said.top_p, said.max_output_tokens, said.metadata, said.user) == ("be brief", 0, 0.5, 9, {"a": "b"}, "u")
     assert said.conversation and said.conversation.id == "c1" and (said.model_extra or {})["store"] is False
     plain = call()
-    assert (plain.stream, plain.trace, plain.conversation, plain.store, plain.ask.max_tokens, plain.ask.node) == (False, False, None, True, None, None)
+    assert (plain.stream, plain.trace, plain.conversation, plain.store, plain.ask.max_tokens, plain.ask.node) == (False, False, "", True, None, None)
 
 
 def test_messages_of_text_parts_are_plain_and_an_earlier_output_can_be_sent_back() -> None:
@@ -142,8 +142,9 @@ def user(*parts: Any) -> list[Any]:
     ({"input": user({"type": "input_audio", "input_audio": "x"})}, "input[0].content[0].input_audio", "expected an object"),
     ({"instructions": ["x"]}, "instructions", "a list, expected text"), ({"metadata": {"a": 1}}, "metadata", "at most 16"),
     ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16"), ({"max_output_tokens": 0}, "max_output_tokens", "0, expected"),
-    ({"previous_response_id": "chatcmpl-1"}, "previous_response_id", "begins with resp_"), ({"previous_response_id": "resp_"}, "previous_response_id", "begins with resp_"),
-    ({"conversation": {}}, "conversation.id", "missing"), ({"conversation": ""}, "conversation", "0 characters"), ({"lmgraph": {"conversation": "x" * 257}}, "lmgraph.conversation", "257 characters"),
+    ({"previous_response_id": "chatcmpl-1"}, "previous_response_id", "begins with resp_"), ({"previous_response_id": "resp_"}, "previous_response_id", "names no"),
+    ({"conversation": {}}, "conversation.id", "missing"), ({"conversation": ""}, "conversation", "names no"), ({"lmgraph": {"conversation": "x" * 129}}, "lmgraph.conversation", "names no"),
+    ({"conversation": 3}, "conversation", "a number, expected text"), ({"conversation": "a/b"}, "conversation", "names no"), ({"lmgraph": {"progress": True}}, "lmgraph", "valid: trace"),
     ({"conversation": "a", "previous_response_id": "resp_a"}, "previous_response_id", "give one"), ({"lmgraph": {"trace": 1}}, "lmgraph.trace", "true or false"),
 ])
 def test_a_bad_body_is_refused_with_the_field_and_what_was_expected(fields: dict[str, Any], param: str, words: str) -> None:

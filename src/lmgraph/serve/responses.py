@@ -13,7 +13,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmgraph.errors import LmgraphError, RequestError
-from lmgraph.serve.wire import MAX_MESSAGES, MODEL, characters, kind_of, load, node_of, number, status_of, take, usage_of
+from lmgraph.serve.wire import (
+    CONVERSATION,
+    MAX_MESSAGES,
+    MODEL,
+    Chat,
+    characters,
+    kind_of,
+    load,
+    node_of,
+    number,
+    status_of,
+    take,
+    usage_of,
+)
 from lmgraph.types import Ask, Delta, Message
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -41,14 +54,12 @@ CODES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
 
 
 @dataclass(frozen=True)
-class Call:
-    """A parsed body: what is asked, and how the answer is to be sent and kept."""
+class Call(Chat):
+    """A parsed body: what is asked, and how the answer is to be sent and kept.
 
-    ask: Ask
-    stream: bool = False
-    trace: bool = False
-    conversation: str | None = None
-    """of `conversation`, `lmgraph.conversation`, or what stands behind `resp_` in `previous_response_id`"""
+    `conversation` is that of `conversation` or `lmgraph.conversation`, or what stands behind `resp_` in `previous_response_id`.
+    """
+
     store: bool = True
     """whether the answer may be looked up or gone on with later"""
     echo: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +78,8 @@ def parse(body: bytes, nodes: Collection[str]) -> Call:
     own = take(given, MODEL, dict, {})
     trace = take(own, "trace", bool, False, f"{MODEL}.")
     conversation, echo = _conversation(given, own)
+    if own:
+        raise RequestError(f"{MODEL}.{next(iter(own))!s:.40} is unknown; valid: trace, conversation.", param=MODEL)
     echo |= {"instructions": instructions, "metadata": _metadata(given), "user": characters(take(given, "user", str, ""), "user") or None}
     echo |= {"store": take(given, "store", bool, True), "max_output_tokens": number(given, "max_output_tokens", 1, 1_000_000, whole=True)}
     echo |= {"temperature": number(given, "temperature", 0, 2), "top_p": number(given, "top_p", 0, 1)}
@@ -84,7 +97,7 @@ def parse(body: bytes, nodes: Collection[str]) -> Call:
         options={} if echo["top_p"] is None else {"top_p": echo["top_p"]},
         needs=frozenset(needs),
     )
-    return Call(ask, stream, trace, conversation, echo["store"], echo)
+    return Call(ask, stream, True, trace, conversation, store=echo["store"], echo=echo)
 
 
 def _unsupported(name: str) -> RequestError:
@@ -152,27 +165,25 @@ def _required(value: Mapping[str, Any], name: str, kind: type, where: str) -> An
     return found
 
 
-def _conversation(given: dict[str, Any], own: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """(what is gone on with, the fields that the response repeats about it)."""
+def _conversation(given: dict[str, Any], own: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(what is gone on with, '' for nothing; the fields that the response repeats about it)."""
     value = given.pop("conversation", None)
-    if isinstance(value, dict):
-        theirs = _required(value, "id", str, "conversation")
-    else:
-        theirs = take({"conversation": value}, "conversation", str, None)
-    ours = take(own, "conversation", str, None, f"{MODEL}.")
+    theirs = _required(value, "id", str, "conversation") if isinstance(value, dict) else take({"": value}, "", str, None, "conversation")
     previous = take(given, "previous_response_id", str, None)
-    named = {"conversation": theirs, f"{MODEL}.conversation": ours, "previous_response_id": previous}
+    named = {"conversation": theirs, f"{MODEL}.conversation": take(own, "conversation", str, None, f"{MODEL}.")}
+    if previous is not None:
+        if not previous.startswith(PREFIX):
+            words = f"previous_response_id is {previous[:40]!r}, expected the id of a response, which begins with {PREFIX}."
+            raise RequestError(words, param="previous_response_id", code="previous_response_not_found")
+        named["previous_response_id"] = previous.removeprefix(PREFIX)
     several = [name for name, id in named.items() if id is not None]
-    for name in several:
-        if not 0 < len(characters(named[name], name)) <= 256:
-            raise RequestError(f"{name} has {len(named[name]):,} characters, expected 1 to 256.", param=name)
     if len(several) > 1:
         raise RequestError(f"{' and '.join(several)} say the same thing; give one of them.", param=several[-1])
-    if previous is not None and (not previous.startswith(PREFIX) or previous == PREFIX):
-        words = f"previous_response_id is {previous[:40]!r}, expected the id of a response, which begins with {PREFIX}."
-        raise RequestError(words, param="previous_response_id", code="previous_response_not_found")
-    found = theirs or ours or (previous.removeprefix(PREFIX) if previous else None)
-    return found, {"previous_response_id": previous, "conversation": {"id": found} if theirs or ours else None}
+    found = named[several[0]] if several else None
+    if found is not None and not CONVERSATION.fullmatch(found):
+        raise RequestError(f"{several[0]} names no conversation: up to 128 letters, digits and _ . : -", param=several[0])
+    shown = None if previous is not None or found is None else {"id": found}
+    return found or "", {"previous_response_id": previous, "conversation": shown}
 
 
 def _metadata(given: dict[str, Any]) -> dict[str, str]:
@@ -211,8 +222,11 @@ class Writer:
         self._texts.append(delta.text)
         return opening + self._text_event("delta", f'"delta":{json.dumps(delta.text)}')
 
-    def end(self, last: Delta, *, trace: Mapping[str, Any] | None = None) -> bytes:
-        """The last events of a stream: the text and what it is in, whole, then the response, with usage and the trace where given."""
+    def end(self, last: Delta, *, include_usage: bool = True, trace: Mapping[str, Any] | None = None) -> bytes:
+        """The last events of a stream: the text and what it is in, whole, then the response, with the trace where it is given.
+
+        Usage is always in it: this format does not ask whether it is wanted.
+        """
         opening, text = self._opening(), "".join(self._texts)
         whole = self._whole(text, last, trace)
         part = {"item_id": self._item, "output_index": 0, "content_index": 0, "part": _output(text)}

@@ -8,17 +8,19 @@ others travel on to the worker in `Ask.options`. It does not know whether a node
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmgraph.errors import AssetError, LmgraphError, MasterError, OutsideError, RequestError, WorkerTimeout
+from lmgraph.errors import AssetError, GraphError, LmgraphError, MasterError, OutsideError, RequestError, StoreError, WorkerTimeout
 from lmgraph.types import Ask, Delta, Message
 
 MODEL = "lmgraph"
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PARTS = {"text": "", "image_url": "image", "input_audio": "audio"}
 """type of a content part -> modality that a node must accept"""
+CONVERSATION = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_MESSAGES = 2048
 MAX_QUERIES = 1000
 """queries in one call of /v1/route"""
@@ -32,6 +34,10 @@ class Chat:
     stream: bool = False
     include_usage: bool = False
     trace: bool = False
+    conversation: str = ""
+    """the client's name for it, '' for none"""
+    progress: bool = False
+    """a stream that begins at once, with the decision as its first piece"""
 
 
 def load(body: bytes) -> dict[str, Any]:
@@ -65,9 +71,11 @@ def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
     if not any(m.role == "user" for m in turns):
         raise RequestError("There is no message with role user.", param="messages")
     stream_options = take(given, "stream_options", dict, {})
-    own = take(given, MODEL, dict, {})
-    if not isinstance(own.get("trace", False), bool):
-        raise RequestError(f"lmgraph.trace is {kind_of(own['trace'])}, expected true or false.", param="lmgraph.trace")
+    own = dict(take(given, MODEL, dict, {}))
+    trace, progress = take(own, "trace", bool, False), take(own, "progress", bool, False)
+    conversation = conversation_of(take(own, "conversation", str, ""))
+    if own:
+        raise RequestError(f"lmgraph.{next(iter(own))!s:.40} is unknown; valid: trace, progress, conversation.", param=MODEL)
     limit = number(given, "max_completion_tokens", 1, 1_000_000, whole=True)
     shorter = number(given, "max_tokens", 1, 1_000_000, whole=True)
     stream = take(given, "stream", bool, False)
@@ -82,7 +90,14 @@ def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
         options={name: value for name, value in given.items() if value is not None},
         needs=frozenset(needs),
     )
-    return Chat(ask, stream, stream_options.get("include_usage") is True, own.get("trace", False))
+    return Chat(ask, stream, stream_options.get("include_usage") is True, trace, conversation, progress and stream)
+
+
+def conversation_of(name: str) -> str:
+    """A conversation's name as the client gives it ('' for none). Raises RequestError for one that is none."""
+    if name and not CONVERSATION.fullmatch(name):
+        raise RequestError("A conversation's name has up to 128 letters, digits and _ . : -", param="lmgraph.conversation")
+    return name
 
 
 def node_of(model: str, nodes: Collection[str]) -> str | None:
@@ -194,6 +209,10 @@ class Writer:
         self._text = self._chunk + '[{"index":0,"delta":{"content":'
         self._first = True
 
+    def decision(self, decision: Mapping[str, Any]) -> bytes:
+        """The decision as a piece of a stream, before any piece of the answer."""
+        return f'{self._chunk}[],"lmgraph":{{"decision":{_dump(decision)}}}}}\n\n'.encode()
+
     def chunk(self, delta: Delta) -> bytes:
         """A piece of a stream, as a server-sent event; b'' where there is nothing to say."""
         if delta.choices:
@@ -294,6 +313,8 @@ def status_of(error: LmgraphError) -> int:
         return error.status
     if isinstance(error, WorkerTimeout):
         return 504
+    if isinstance(error, StoreError):
+        return 503
     if isinstance(error, OutsideError):
         return 502
     return 503 if isinstance(error, (AssetError, MasterError)) else 400
@@ -302,11 +323,14 @@ def status_of(error: LmgraphError) -> int:
 def error(failure: LmgraphError) -> bytes:
     """The error object of an HTTP answer."""
     status = status_of(failure)
-    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+    kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
     message = f"{failure.message} {failure.hint}".strip()
-    return _dump({"error": {"message": message, "type": kind, "param": getattr(failure, "param", None), "code": failure.code}}).encode()
+    shown: dict[str, Any] = {"message": message, "type": kind, "param": getattr(failure, "param", None), "code": failure.code}
+    if isinstance(failure, GraphError):
+        shown["problems"] = list(failure.problems)
+    return _dump({"error": shown}).encode()
 
 
 def error_event(failure: LmgraphError) -> bytes:
