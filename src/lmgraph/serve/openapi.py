@@ -237,7 +237,7 @@ def _replies() -> dict[str, Schema]:
     choice = _object(index=WHOLE, message=message, finish_reason=TEXT)
     step = _object(node=TEXT, request=TEXT, ms=NUMBER, first_ms=NUMBER, attempts=WHOLE, error=TEXT, usage={"type": "object"})
     traced = _object({"decision": {"anyOf": [_ref("Decision"), {"type": "null"}]}, "steps": _list(step), "cache": FLAG})
-    decision = {
+    decision: dict[str, Schema] = {
         **dict.fromkeys(("node", "query", "rewritten", "chosen", "rewrite_note"), TEXT),
         **{"token": WHOLE, "shortened": WHOLE, "fallback": FLAG, "stayed": FLAG, "probability": SHARE},
         "alternatives": _list(_object(node=TEXT, probability=SHARE)),
