@@ -52,7 +52,7 @@ function show(answer) {
   const names = Object.keys(nodes);
   find("summary").textContent = `${plural(names.length, "node")}, version ${known.version}`;
   const kept = pinned();
-  find("pin").replaceChildren(make("option", { value: "" }, "whom the master chooses"), ...names.map((name) => make("option", { value: name }, spoken(name))));
+  find("pin").replaceChildren(make("option", { value: "" }, "the master's choice"), ...names.map((name) => make("option", { value: name }, spoken(name))));
   pin(kept in nodes ? kept : "");
   picture.show(known.graph);
   if (card.name && card.name in nodes) picture.pick(card.name);

@@ -9,7 +9,7 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const END = "end";
 
-/** Nodes by distance from start, [[names at distance 1], ...]; those that cannot be reached come last. */
+/** Nodes by distance from start, [[names at distance 1], ...]; those that cannot be reached (and the end) come last. */
 function layers({ nodes, edges }) {
   const all = Object.keys(nodes);
   const next = (at) => (edges?.[at] ?? []).flatMap((name) => (name === "*" ? all.filter((other) => other !== at) : [name]));
@@ -22,7 +22,8 @@ function layers({ nodes, edges }) {
   }
   const ends = Object.values(edges ?? {}).some((targets) => targets.includes(END)) ? [END] : [];
   const lost = [...all.filter((name) => !seen.has(name)), ...ends];
-  return [...out, lost].filter((names) => names.length);
+  if (!lost.length) return out;
+  return [...out.slice(0, -1), [...(out.at(-1) ?? []), ...lost]];
 }
 
 /** Where each node lies in a box of w x h pixels: start in the middle, ellipses around it; a crowded one becomes a zigzag. */
@@ -76,7 +77,7 @@ function style() {
     { selector: "edge", style: {
       width: 1, "line-color": line, "target-arrow-color": line, "curve-style": "straight", "target-arrow-shape": "none", "overlay-opacity": 0, events: "no" } },
     { selector: "edge.next", style: { "curve-style": "bezier", "target-arrow-shape": "triangle", "arrow-scale": 0.8, "line-color": quiet, "target-arrow-color": quiet } },
-    { selector: "edge.fallback", style: { "curve-style": "bezier", "line-style": "dotted", "target-arrow-shape": "vee", "arrow-scale": 0.7 } },
+    { selector: "edge.fallback", style: { "curve-style": "bezier", "line-style": "dotted", "target-arrow-shape": "vee", "arrow-scale": 0.7, "line-color": quiet, "target-arrow-color": quiet } },
     { selector: "edge.first[share > 0.01]", style: { width: "mapData(share, 0, 1, 1, 6)", "line-color": quiet } },
     { selector: "node.lit", style: { "background-color": accent, "border-color": accent, color: accent, "font-weight": "bold" } },
     { selector: "edge.lit", style: { width: 3, "line-color": accent, "target-arrow-color": accent, "z-index": 2 } },

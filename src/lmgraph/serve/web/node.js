@@ -35,7 +35,7 @@ export class Card {
     this.live(state);
     this.showPin();
     this.element.focus({ preventScroll: true });
-    this.element.scrollIntoView({ block: "nearest" });
+    if (this.element.getBoundingClientRect().top > innerHeight * 0.7) this.element.scrollIntoView({ block: "center" });
     return this.requests();
   }
 
