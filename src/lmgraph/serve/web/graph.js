@@ -18,7 +18,7 @@ function layers({ nodes, edges }) {
   let layer = ["start"];
   while ((layer = [...new Set(layer.flatMap(next))].filter((name) => !seen.has(name) && (name in nodes || name === END))).length) {
     layer.forEach((name) => seen.add(name));
-    out.push(layer.filter((name) => name in nodes));
+    if (layer.some((name) => name in nodes)) out.push(layer.filter((name) => name in nodes));
   }
   const ends = Object.values(edges ?? {}).some((targets) => targets.includes(END)) ? [END] : [];
   const lost = [...all.filter((name) => !seen.has(name)), ...ends];
