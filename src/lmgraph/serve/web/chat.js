@@ -107,7 +107,9 @@ export class Chat {
       });
       turn.end("done");
       sessionStorage.setItem(CURRENT, this.id);
-      this.listener.status(status ? `${status}; answered.` : "Answered.");
+      const who = turn.element.dataset.node ?? "";
+      const named = status.startsWith(`${spoken(who)},`); // not where another node took over: then it is said who answered
+      this.listener.status(named ? `${status}; answered.` : `${status}${status && "; "}${spoken(who)} answered.`);
     } catch (error) {
       const stopped = error.name === "AbortError";
       turn.end(stopped ? "stopped" : "failed", stopped ? "" : error.message);
