@@ -11,18 +11,18 @@ const object = { show: (value) => (value ? JSON.stringify(value, null, 2) : ""),
 const plain = { show: (value) => value ?? "", read: (text) => text };
 const NODE = [
   { name: "token", label: "Token number", as: number, mode: "numeric" },
+  { name: "threshold", label: "Threshold", as: number, mode: "decimal" },
   { name: "description", label: "Description", rows: 2 },
   { name: "rewrite", label: "Rewrite the question", options: ["", "auto", "always", "never"] },
   { name: "fallback", label: "Fallback", options: "nodes" },
-  { name: "threshold", label: "Threshold", as: number, mode: "decimal" },
 ];
 const WORKER = [
   { name: "kind", label: "Worker", options: EVERY },
   { name: "model", label: "Model", kinds: ["embedded", "openai"] },
   { name: "urls", label: "Servers, one a line", as: lines, rows: 2, kinds: ["openai"] },
-  { name: "key_env", label: "Variable with the server's key", kinds: ["openai"] },
   { name: "system", label: "System prompt", rows: 2, kinds: ["embedded", "openai"] },
   { name: "answers", label: "Answers (JSON: request to answer, * for any)", as: object, rows: 2, kinds: ["scripted"] },
+  { name: "key_env", label: "Key's variable", kinds: ["openai"] },
   { name: "max_tokens", label: "Most tokens", as: number, mode: "numeric" },
   { name: "temperature", label: "Temperature", as: number, mode: "decimal" },
   { name: "timeout_s", label: "Time limit in seconds", as: number, mode: "decimal" },
@@ -120,7 +120,7 @@ export class Editor {
     const remove = !fresh && button("Remove this node", () => this.#confirm(remove), { id: "editor-remove" });
     return [
       make("div", { class: "field wide" }, make("label", { for: "edit-node" }, "Node"), pick),
-      this.name && make("div", { class: "field" }, make("label", { for: "edit-name" }, "Name"), this.name),
+      this.name && make("div", { class: "field wide" }, make("label", { for: "edit-name" }, "Name"), this.name),
       this.fields.map((field) => field.element), this.workers.map((field) => field.element),
       this.connect && make("label", { class: "check wide" }, this.connect, "It may come first (an edge from start)"),
       remove && make("div", { class: "wide" }, remove),
