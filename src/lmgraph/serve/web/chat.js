@@ -13,7 +13,10 @@ export class Chat {
     this.log = find("log");
     this.question = find("question");
     this.follow = true;
-    this.log.addEventListener("scroll", () => (this.follow = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 60));
+    for (const target of [this.log, document]) target.addEventListener("scroll", () => {
+      const { scrollHeight, scrollTop, clientHeight } = this.#scroller();
+      this.follow = scrollHeight - scrollTop - clientHeight < 60;
+    });
     new ResizeObserver(() => this.#scroll()).observe(this.log);
     find("ask").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -140,6 +143,11 @@ export class Chat {
   }
 
   #scroll() {
-    if (this.follow) this.log.scrollTop = this.log.scrollHeight;
+    if (this.follow) this.#scroller().scrollTop = this.#scroller().scrollHeight;
+  }
+
+  /** The log scrolls; on a phone the whole page does. */
+  #scroller() {
+    return getComputedStyle(this.log).overflowY === "visible" ? document.scrollingElement : this.log;
   }
 }

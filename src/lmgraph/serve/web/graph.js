@@ -26,6 +26,15 @@ function layers({ nodes, edges }) {
   return [...out.slice(0, -1), [...(out.at(-1) ?? []), ...lost]];
 }
 
+/** The angle after `share` of an ellipse's way round, from its top: equal ways apart, where equal angles would crowd its flat ends. */
+function along(share, x, y) {
+  const pieces = 720;
+  const lengths = Array.from({ length: pieces }, (_, i) => Math.hypot(x * Math.cos((2 * Math.PI * i) / pieces), y * Math.sin((2 * Math.PI * i) / pieces)));
+  let left = (share % 1) * lengths.reduce((sum, length) => sum + length, 0);
+  const piece = lengths.findIndex((length) => (left -= length) < 0);
+  return (2 * Math.PI * Math.max(piece, 0)) / pieces - Math.PI / 2;
+}
+
 /** Where each node lies in a box of w x h pixels: start in the middle, ellipses around it; a crowded one becomes a zigzag. */
 function positions(graph, w, h) {
   const [x, y] = [Math.max(w / 2 - 58, 60), Math.max(h / 2 - 40, 60)];
@@ -36,7 +45,7 @@ function positions(graph, w, h) {
     const round = Math.PI * (3 * (x + y) - Math.sqrt((3 * x + y) * (x + 3 * y))) * size;
     const tracks = Math.min(3, Math.ceil((names.length * 64) / round));
     names.forEach((name, i) => {
-      const angle = (2 * Math.PI * (i + ring / 2)) / names.length - Math.PI / 2;
+      const angle = along((i + ring / 2) / names.length, x, y);
       const share = size * (1 - 0.38 * ((i % tracks) / Math.max(tracks - 1, 1)));
       out[name] = { x: w / 2 + x * share * Math.cos(angle), y: h / 2 - 6 + y * share * Math.sin(angle) };
     });
@@ -58,7 +67,7 @@ function elements({ nodes, edges }) {
   return out;
 }
 
-function style() {
+function style(narrow) {
   const read = getComputedStyle(document.documentElement);
   const colour = (name) => read.getPropertyValue(`--${name}`).trim();
   const [ink, quiet, line, paper, accent, bad] = ["ink", "quiet", "line", "paper", "accent", "bad"].map(colour);
@@ -66,8 +75,8 @@ function style() {
   return [
     { selector: "node", style: {
       width: "mapData(active, 0, 8, 22, 38)", height: "mapData(active, 0, 8, 22, 38)", "background-color": paper, "border-width": 2, "border-color": quiet,
-      label: "data(label)", color: ink, "font-size": 12, "font-family": "system-ui, sans-serif", "text-valign": "bottom", "text-margin-y": 5,
-      "text-wrap": "wrap", "text-max-width": 84, "text-background-color": paper, "text-background-opacity": 0.8, "text-background-padding": 1,
+      label: "data(label)", color: ink, "font-size": narrow ? 10 : 12, "font-family": "system-ui, sans-serif", "text-valign": "bottom", "text-margin-y": 5,
+      "text-wrap": "wrap", "text-max-width": narrow ? 66 : 84, "text-background-color": paper, "text-background-opacity": 0.8, "text-background-padding": 1,
       "overlay-opacity": 0, "transition-property": "background-color, border-color, border-width", "transition-duration": slow } },
     { selector: "node.start", style: { width: 12, height: 12, "background-color": quiet, "border-width": 0, color: quiet } },
     { selector: "node.busy", style: { "border-color": accent } },
@@ -95,7 +104,7 @@ export class Picture {
     this.lit = "";
     const fine = matchMedia("(pointer: fine)").matches; // a finger on the drawing scrolls the page instead
     this.cy = cytoscape({
-      container: drawing, style: style(), minZoom: 0.5, maxZoom: 4, boxSelectionEnabled: false, autoungrabify: true, autounselectify: true,
+      container: drawing, style: style(false), minZoom: 0.5, maxZoom: 4, boxSelectionEnabled: false, autoungrabify: true, autounselectify: true,
       userZoomingEnabled: fine, userPanningEnabled: fine,
     });
     this.cy.on("tap", "node", (event) => event.target.id() in this.graph.nodes && picked(event.target.id()));
@@ -103,7 +112,7 @@ export class Picture {
     list.addEventListener("keydown", (event) => this.#move(event));
     fit.addEventListener("click", () => this.#arrange());
     new ResizeObserver(() => this.#arrange()).observe(drawing);
-    for (const query of [still, dark]) query.addEventListener("change", () => this.cy.style(style()));
+    for (const query of [still, dark]) query.addEventListener("change", () => this.cy.style(style(this.narrow)));
   }
 
   /** Draw another graph (or the same one after a change). */
@@ -177,6 +186,10 @@ export class Picture {
     const { clientWidth: w, clientHeight: h } = this.drawing;
     if (!w || !h) return;
     const at = positions(this.graph, w, h);
+    if (this.narrow !== w < 460) {
+      this.narrow = w < 460;
+      this.cy.style(style(this.narrow));
+    }
     this.cy.resize();
     this.cy.nodes().positions((node) => at[node.id()] ?? { x: w / 2, y: h / 2 });
     this.cy.viewport({ zoom: 1, pan: { x: 0, y: 0 } });
