@@ -200,6 +200,7 @@ def test_a_node_shows_what_it_is_and_can_be_pinned(visit: Visit) -> None:
     turn = visit.ask("integral integral matrix")
     assert turn.get_attribute("data-node") == "law" and turn.locator(".bars li").count() == 0
     page.click("#node-pin")
+    page.click("#new-chat")  # or the conversation would stay with its node
     assert visit.ask("integral integral matrix").get_attribute("data-node") == "math"
 
 

@@ -6,6 +6,9 @@ import { Turn, remembered } from "./turn.js";
 
 const CURRENT = "lmgraph-conversation";
 
+/** A conversation's own name: administrators get names with the owner's in front (KEY/NAME). */
+export const nameOf = (id) => id.slice(id.lastIndexOf("/") + 1);
+
 export class Chat {
   /** `listener`: tokenOf(node), pinned(), lit(node, options), status(sentence), changed(). */
   constructor(listener) {
@@ -45,15 +48,17 @@ export class Chat {
   /** The conversation that this tab was in before it was loaded again, if any. */
   async resume() {
     const id = sessionStorage.getItem(CURRENT);
-    if (id) await this.open(id).catch(() => this.fresh());
+    if (!id) return;
+    const known = (await api.chats().catch(() => ({ data: [] }))).data.find((row) => nameOf(row.id) === id);
+    if (known) await this.open(known.id).catch(() => this.fresh());
   }
 
   /** Show a conversation of the history. Throws Failure. */
   async open(id) {
     const found = await api.chat(id);
     this.stop();
-    this.id = id;
-    sessionStorage.setItem(CURRENT, id);
+    this.id = nameOf(id);
+    sessionStorage.setItem(CURRENT, this.id);
     const turns = [...found.data].sort((a, b) => a.created - b.created).map((kept) => remembered(kept, this.listener.tokenOf));
     this.log.replaceChildren(...turns.map((turn) => turn.element));
     this.follow = true;

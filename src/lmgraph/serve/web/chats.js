@@ -1,6 +1,7 @@
 // The panel of earlier conversations: list, open, delete.
 
 import * as api from "./api.js";
+import { nameOf } from "./chat.js";
 import { button, find, make, plural, say, when } from "./elements.js";
 
 export class Chats {
@@ -35,7 +36,7 @@ export class Chats {
   }
 
   #row({ id, title, turns, updated }) {
-    const opening = make("button", { type: "button", class: "plain", "aria-current": id === this.current(), onclick: () => this.#try(() => this.open(id).then(() => find("chats").close())) },
+    const opening = make("button", { type: "button", class: "plain", "aria-current": nameOf(id) === this.current(), onclick: () => this.#try(() => this.open(id).then(() => find("chats").close())) },
       make("span", {}, title || "Untitled"), make("span", { class: "quiet" }, `${plural(turns, "question")}, ${when(updated)}`));
     const row = make("li", {}, opening);
     const remove = button("Delete", () => this.#confirm(row, remove, id), { "aria-label": `Delete ${title || "untitled"}` });
@@ -52,7 +53,7 @@ export class Chats {
       await api.deleteChat(id);
       row.remove();
       find("chats").querySelector("button").focus();
-      if (id === this.current()) this.fresh();
+      if (nameOf(id) === this.current()) this.fresh();
       if (!this.list.children.length) this.list.append(make("li", { class: "quiet" }, "No conversations left."));
     }), { class: "danger" });
     const asking = make("span", { class: "row", role: "group", "aria-label": "Delete this conversation for good?" }, sure, button("Keep it", back));

@@ -3,15 +3,17 @@
 import * as api from "./api.js";
 
 const EVERY_MS = 2000;
-const GOOD = new Set(["ok", "up", "ready", "healthy", "closed", "idle", "busy"]);
+const FAILURES = 3; // in a row: from then on a replica is left alone (workers/replicas.py)
 
-/** "good", "bad" (no replica takes calls), "weak" (some do not), or "" when nothing is known yet. */
+/** Whether a replica is left alone after failures. */
+export const down = (replica) => replica.failures >= FAILURES;
+
+/** "good", "bad" (every replica is down), "weak" (some are), or "" when nothing is known yet. */
 export function health(state) {
   const replicas = state?.replicas ?? [];
-  const known = replicas.filter((replica) => replica.state && replica.state !== "unknown");
-  if (!known.length) return "";
-  const good = known.filter((replica) => GOOD.has(replica.state)).length;
-  return good === known.length ? "good" : good || known.length < replicas.length ? "weak" : "bad";
+  if (!replicas.length) return "";
+  const bad = replicas.filter(down).length;
+  return !bad ? "good" : bad < replicas.length ? "weak" : "bad";
 }
 
 /** Start watching; `heard(live)` for each answer, `failed(failure)` for each miss. Returns a function that asks at once. */

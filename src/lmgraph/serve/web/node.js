@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { button, find, make, plural, say, spoken, token, when } from "./elements.js";
+import { down } from "./live.js";
 import { questionOf } from "./turn.js";
 
 export class Card {
@@ -51,7 +52,10 @@ export class Card {
   live(state) {
     if (!this.name || !this.replicas) return;
     const found = state.nodes?.[this.name] ?? {};
-    const rows = (found.replicas ?? []).map(({ url, state: how, outstanding, failures }) => [url, how, outstanding > 0 && `${outstanding} under way`, failures > 0 && plural(failures, "failure")].filter(Boolean).join(", "));
+    const rows = (found.replicas ?? []).map((replica) => {
+      const { url, outstanding, failures } = replica;
+      return [url, down(replica) ? "down" : "healthy", outstanding > 0 && `${outstanding} under way`, failures > 0 && `${plural(failures, "failure")} in a row`].filter(Boolean).join(", ");
+    });
     this.replicas.replaceChildren(...(rows.length ? rows.map((row) => make("div", {}, row)) : ["not asked yet"]));
     this.figures.textContent = `${found.answers ?? 0} given, ${found.active ?? 0} under way, ${found.failures ?? 0} failed`;
   }
