@@ -13,7 +13,7 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
     "assets", "bundles", "graphedit", "engine", "workers.base", "workers.scripted", "workers.embedded",
     "workers.replicas", "workers.reading", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
-    "files", "master", "execute", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.answer", "serve.app", "serve",
+    "files", "master", "execute", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
     "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.routes", "evaluate.report",
     "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.graphs", "cli.training", "cli.measuring",
     "cli.keeping", "cli.serving",

@@ -20,8 +20,9 @@ def test_an_empty_environment_gives_the_defaults() -> None:
 
 
 def test_every_variable_is_read() -> None:
-    read = settings.read({"LMGRAPH_CACHE": "/var/cache/x", "LMGRAPH_GRAPH": "g.yaml", "LMGRAPH_PROFILE": "tiny", "LMGRAPH_THREADS": "3"})
-    assert read == settings.Settings(Path("/var/cache/x"), Path("g.yaml"), "tiny", 3)
+    read = settings.read({"LMGRAPH_CACHE": "/var/cache/x", "LMGRAPH_STORE": "redis://r", "LMGRAPH_GRAPH": "g.yaml", "LMGRAPH_PROFILE": "tiny",
+                          "LMGRAPH_THREADS": "3"})
+    assert read == settings.Settings(Path("/var/cache/x"), "redis://r", Path("g.yaml"), "tiny", 3)
 
 
 def test_every_variable_is_described() -> None:
@@ -32,7 +33,7 @@ def test_variables_of_others_do_not_matter() -> None:
     assert settings.read({"PATH": "/bin", "lmgraph_threads": "x", "XLMGRAPH_CACHE": "y"}) == settings.read({})
 
 
-@pytest.mark.parametrize("name", ["LMGRAPH_CACHE", "LMGRAPH_GRAPH", "LMGRAPH_THREADS"])
+@pytest.mark.parametrize("name", ["LMGRAPH_CACHE", "LMGRAPH_STORE", "LMGRAPH_GRAPH", "LMGRAPH_THREADS"])
 def test_an_empty_variable_counts_as_not_set(name: str) -> None:
     assert settings.read({name: ""}) == settings.read({})
 
@@ -40,6 +41,7 @@ def test_an_empty_variable_counts_as_not_set(name: str) -> None:
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="those have their own cache folders")
 def test_the_cache_folder_of_the_desktop_is_honoured() -> None:
     assert settings.read({"XDG_CACHE_HOME": "/x"}).cache == Path("/x/lmgraph")
+    assert settings.read({"XDG_DATA_HOME": "/x"}).store == "sqlite:////x/lmgraph/store.db"
 
 
 def test_a_tilde_is_the_home_folder() -> None:

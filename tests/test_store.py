@@ -516,7 +516,7 @@ def test_one_who_stops_waiting_does_not_harm_the_others(tmp_path: Path) -> None:
     (lambda p: p.mkdir(), "unable to open", "ls -ld"),
     (lambda p: _sql(p, "CREATE TABLE theirs (x)"), "of another program", "another file"),
     (lambda p: _sql(p, "PRAGMA application_id = 7"), "of another program", "another file"),
-    (lambda p: _sql(p, f"PRAGMA application_id = {sqlitefile.APPLICATION}", "PRAGMA user_version = 99"), "format 99.*up to 1", "pip install -U"),
+    (lambda p: _sql(p, f"PRAGMA application_id = {sqlitefile.APPLICATION}", "PRAGMA user_version = 99"), "format 99.*up to 2", "pip install -U"),
 ])
 def test_a_file_that_is_no_store_of_ours_is_left_alone(tmp_path: Path, make: Callable[[Path], Any], message: str, hint: str) -> None:
     path = tmp_path / "s.db"

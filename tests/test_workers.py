@@ -206,7 +206,7 @@ def stream(*pieces: bytes) -> Callable[[Post], None]:
 def test_text_usage_and_finish_are_passed_on(serve: Callable[..., Site]) -> None:
     usage = b'data: {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 2, "details": {"cached": 1}, "note": null}}\n\n'
     site = serve(stream(b": ping\r\n\r\n", event(), event("good ", error=None), event("morning"), event(finish="length"), usage, DONE))
-    assert ask(site.url) == [Delta("good "), Delta("morning"),
+    assert ask(site.url) == [Delta("good morning"),
                              Delta(done=True, finish="length", usage={"prompt_tokens": 11, "completion_tokens": 2})]
 
 
@@ -347,7 +347,22 @@ def test_where_packets_are_cut_makes_no_difference(data: st.DataObject) -> None:
     for a, b in zip([0, *cuts], [*cuts, len(raw)]):
         assert not reading.over or a > len(raw) - 2
         deltas += reading.feed(raw[a:b])
-    assert deltas == [Delta("gé法😀d "), Delta("x")] and reading.over and reading.last().finish == "stop"
+    assert text_of(deltas) == "gé法😀d x" and not any(d.choices for d in deltas) and reading.over and reading.last().finish == "stop"
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=8), max_size=12), st.integers(0, 3), st.booleans())
+def test_chunks_that_differ_in_their_text_only_say_what_each_of_them_says(texts: list[str], other: int, ascii_only: bool) -> None:
+    def chunk(text: str, **more: Any) -> bytes:
+        said = {"id": "1", "choices": [{"index": 0, "delta": {"content": text, **more}, "finish_reason": None}]}
+        return b"data: " + json.dumps(said, separators=(",", ":"), ensure_ascii=ascii_only).encode(errors="replace") + b"\n\n"
+
+    texts = [t.encode(errors="replace").decode() for t in texts]
+    strange = chunk("", content_2='","content":"not this') if other else b""
+    raw = b"".join([*map(chunk, texts[:other]), strange, *map(chunk, texts[other:]), event(finish="stop"), DONE])
+    reading = Reading("u")
+    assert text_of([d for line in raw.splitlines(keepends=True) for d in reading.feed(line)]) == "".join(texts)
+    assert reading.last().finish == "stop"
 
 
 def test_half_a_surrogate_pair_is_nothing_that_can_be_passed_on(serve: Callable[..., Site]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from pathlib import Path
 
@@ -47,9 +48,11 @@ def serve(
     from lmgraph.cli.show import Bars
     from lmgraph.files import graph_file
     from lmgraph.runtime import Runtime
-    from lmgraph.serve.app import Gateway, Limits
+    from lmgraph.serve.app import Gateway
     from lmgraph.serve.editing import Editor
     from lmgraph.serve.guard import Guard, loopback
+    from lmgraph.serve.http import Limits
+    from lmgraph.serve.tracing import open_tracing
     from lmgraph.store import open_store
     from lmgraph.store.shield import Shielded
 
@@ -62,13 +65,14 @@ def serve(
         listener = _listen(host, port)
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        click.echo(f"lmgraph serves {len(runtime.graph.nodes)} nodes at http://{shown}:{number}/v1 (Ctrl-C stops)", err=True)
+        at = f"http://{shown}:{number}"
+        click.echo(f"lmgraph serves {len(runtime.graph.nodes)} nodes at {at}/v1, its page at {at}/ (Ctrl-C stops)", err=True)
         if required:
             click.echo("An API key is asked for; make one: lmgraph keys create NAME", err=True)
         kept = Shielded(open_store(using.store))
         editor = Editor(runtime, graph_file(path or using.graph))
         guard = Guard(kept, required=required, local=loopback(host))
-        app = Gateway(runtime, kept, guard, editor, Limits(body_bytes=max_body, active=max_active))
+        app = Gateway(runtime, kept, guard, editor, Limits(body_bytes=max_body, active=max_active), open_tracing(os.environ))
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=30, server_header=False, date_header=False
         )

@@ -14,11 +14,11 @@ from typing import Any
 
 from lmgraph.errors import OutsideError
 from lmgraph.runtime import Runtime
-from lmgraph.serve import wire
+from lmgraph.serve import responses, wire
 from lmgraph.serve.http import Headers, Request
 from lmgraph.serve.memory import Flight, Kept, Memory, Talk
 from lmgraph.serve.metrics import Metrics
-from lmgraph.types import Decision, Delta
+from lmgraph.types import Decision, Delta, Step
 
 COUNTED = {"prompt_tokens": "prompt", "completion_tokens": "completion"}
 EVENTS = b"text/event-stream; charset=utf-8"
@@ -36,6 +36,7 @@ class Answering:
         self.node = ""
         self.probability: float | None = None
         self.decision: Decision | None = None
+        self.steps: tuple[Step, ...] = ()
         self._told = asyncio.Event() if chat.progress else None
 
     async def run(self, runtime: Runtime) -> None:
@@ -86,7 +87,8 @@ class Answering:
         try:
             await asyncio.wait({piece, told}, return_when=asyncio.FIRST_COMPLETED)
             if self.decision:
-                await self.request.piece(self._writer(wire.MODEL).decision(self.decision.to_json()))
+                writer = wire.Writer(f"chatcmpl-{self.request.id}", wire.MODEL, int(time.time()))
+                await self.request.piece(writer.decision(self.decision.to_json()))
             return await piece
         finally:
             for task in (piece, told):
@@ -101,6 +103,8 @@ class Answering:
         plain = True
         if chat.stream and not request.status:
             await request.start(200, EVENTS, [(b"cache-control", b"no-store"), *self._headers()])
+        if isinstance(writer, responses.Writer):
+            request.last_words = writer.fail
         while not delta.done:
             if not chat.stream:
                 pieces.append(delta)
@@ -119,7 +123,8 @@ class Answering:
     async def _keep(self, last: Delta, text: str, plain: bool) -> Mapping[str, Any]:
         """Keep the turn and the answer; the trace as it is shown."""
         trace: Mapping[str, Any] = last.trace.to_json() if last.trace else {**(self.kept.trace if self.kept else {}), "cache": True}
-        for step in last.trace.steps if last.trace else ():
+        self.steps = last.trace.steps if last.trace else ()
+        for step in self.steps:
             self.metrics.loads[step.node].failures += bool(step.error)
         self.metrics.loads[self.node].answers += 1
         self.metrics.answers[self.node,] += 1
@@ -144,7 +149,9 @@ class Answering:
             headers.append((b"x-lmgraph-cache", b"hit" if self.kept else b"miss"))
         return headers
 
-    def _writer(self, model: str) -> wire.Writer:
+    def _writer(self, model: str) -> wire.Writer | responses.Writer:
+        if isinstance(self.chat, responses.Call):
+            return responses.Writer(f"{self.chat.conversation}.{self.request.id[:8]}", model, int(time.time()), self.chat)
         return wire.Writer(f"chatcmpl-{self.request.id}", model, int(time.time()))
 
 

@@ -10,20 +10,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+from lmgraph import __version__
 from lmgraph.errors import LmgraphError, RequestError
 from lmgraph.runtime import Runtime
-from lmgraph.serve import wire
+from lmgraph.serve import openapi, page, responses, wire
 from lmgraph.serve.answer import Answering
 from lmgraph.serve.editing import Editor
 from lmgraph.serve.guard import Guard
 from lmgraph.serve.http import Gone, Limits, Receive, Request, Scope, Send
-from lmgraph.serve.memory import Memory, cache_key, place
+from lmgraph.serve.memory import Memory, Talk, cache_key, place
 from lmgraph.serve.metrics import TYPE, Metrics
-from lmgraph.store.base import ApiKey
+from lmgraph.serve.tracing import Tracing
+from lmgraph.store.base import ApiKey, Conversation
 from lmgraph.store.shield import Shielded
 
 LOG = logging.getLogger("lmgraph.serve")
@@ -38,8 +42,16 @@ OPEN = {"/healthz", "/readyz"}
 class Gateway:
     """The application. Give it an open runtime and a store; it closes both at shutdown."""
 
-    def __init__(self, runtime: Runtime, store: Shielded, guard: Guard, editor: Editor, limits: Limits | None = None) -> None:
-        self.runtime, self.store, self.guard, self.editor = runtime, store, guard, editor
+    def __init__(
+        self,
+        runtime: Runtime,
+        store: Shielded,
+        guard: Guard,
+        editor: Editor,
+        limits: Limits | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self.runtime, self.store, self.guard, self.editor, self.tracing = runtime, store, guard, editor, tracing
         self.limits = limits or Limits()
         self.memory = Memory(store)
         self.metrics = Metrics()
@@ -47,6 +59,7 @@ class Gateway:
         self._master: asyncio.Task[None] | None = None
         self._paths: dict[str, dict[str, Handle]] = {
             "/v1/chat/completions": {"POST": self._chat},
+            "/v1/responses": {"POST": self._responses},
             "/v1/models": {"GET": self._models},
             "/v1/route": {"POST": self._route},
             "/v1/graph": {"GET": self._graph, "PUT": self._edit, "PATCH": self._edit},
@@ -58,6 +71,7 @@ class Gateway:
             "/healthz": {"GET": self._health},
             "/readyz": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
+            "/openapi.json": {"GET": self._openapi},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,6 +94,8 @@ class Gateway:
                     await asyncio.gather(self._master, return_exceptions=True)
                 await self.runtime.close()
                 await self.store.close()
+                if self.tracing:
+                    await asyncio.to_thread(self.tracing.close)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
@@ -93,6 +109,10 @@ class Gateway:
         path = "/v1/history/" if request.path.startswith("/v1/history/") else request.path
         known = self._paths.get(path)
         try:
+            if known is None and (path == "/" or path.startswith("/web/")):
+                self.guard.refuse_strange_pages(request)
+                await _page(request)
+                return
             key = None if path in OPEN else await self.guard.enter(request)
             if known is None:
                 raise RequestError(f"There is no {path[:200]!r}. Valid: {', '.join(self._paths)}", code="not_found", status=404)
@@ -130,16 +150,54 @@ class Gateway:
         with self._place(key):
             await request.while_there(self._answer(request, chat))
 
+    async def _responses(self, request: Request, key: ApiKey | None) -> None:
+        await self.guard.spend(key)
+        call = responses.parse(await request.body(self.limits), self.runtime.graph.nodes)
+        with self._place(key):
+            await request.while_there(self._respond(request, call))
+
+    async def _respond(self, request: Request, call: responses.Call) -> None:
+        """A response's id is its conversation's name and its own mark, so that another one can go on from it."""
+        previous = call.echo["previous_response_id"]
+        name = call.conversation.rpartition(".")[0] if previous else call.conversation or os.urandom(12).hex()
+        talk = await self.memory.recall(call.ask, request.key, name)
+        if previous and not talk.turns and self.store.healthy:
+            words = f"There is no response {previous[:200]!r}."
+            raise RequestError(words, param="previous_response_id", code="previous_response_not_found")
+        await self._deliver(request, replace(call, conversation=name), talk, call.store)
+
     async def _answer(self, request: Request, chat: wire.Chat) -> None:
+        await self._deliver(request, chat, await self.memory.recall(chat.ask, request.key, chat.conversation), True)
+
+    async def _deliver(self, request: Request, chat: wire.Chat, talk: Talk, keep: bool) -> None:
+        """Answer, out of the cache where that may be. `keep`: whether the turn may be remembered."""
         forget = b"no-store" in request.headers.get(b"cache-control", b"").lower()
-        talk = await self.memory.recall(chat.ask, request.key, chat.conversation)
-        memory = None if forget else self.memory
-        if talk.ask.temperature != 0 or forget:
-            await Answering(self.metrics, request, chat, talk, memory, None).run(self.runtime)
+        memory = self.memory if keep and not forget else None
+        if talk.ask.temperature != 0 or memory is None:
+            await self._run(Answering(self.metrics, request, chat, talk, memory, None))
             return
         async with self.memory.flight(cache_key(self.editor.version, talk.ask, request.key)) as flight:
             self.metrics.cache["hit" if flight.kept else "miss",] += 1
-            await Answering(self.metrics, request, chat, talk, memory, flight).run(self.runtime)
+            await self._run(Answering(self.metrics, request, chat, talk, memory, flight))
+
+    async def _run(self, answering: Answering) -> None:
+        if self.tracing is None:
+            await answering.run(self.runtime)
+            return
+        status = 499
+        try:
+            await answering.run(self.runtime)
+            status = 200
+        except LmgraphError as error:
+            status = wire.status_of(error)
+            raise
+        finally:
+            request, now = answering.request, time.time_ns()
+            began = now - int((time.perf_counter() - request.began) * 1e9)
+            parent = request.headers.get(b"traceparent", b"").decode("latin-1") or None
+            pinned = answering.chat.ask.node
+            model = {"gen_ai.request.model": f"{wire.MODEL}/{pinned}" if pinned else wire.MODEL}
+            self.tracing.record(request.id, parent, began, now, status, answering.decision, answering.steps, model)
 
     async def _route(self, request: Request, key: ApiKey | None) -> None:
         await self.guard.spend(key)
@@ -194,7 +252,8 @@ class Gateway:
         every = self.guard.sees_all(key)
         if key is None and not every:
             self.guard.admin(key)
-        before, found = _time(query.get("before")), []
+        before = _time(query.get("before"))
+        found: list[Conversation] = []
         mine = place(request.key, "")
         while len(found) < limit:  # conversations of others are passed over
             page = await self.store.conversations(MOST, before)
@@ -240,9 +299,26 @@ class Gateway:
         state = {"status": "ready" if loaded else "not ready", "master": loaded, "store": self.store.healthy}
         await request.say(state | {"nodes": self.runtime.states()}, status=200 if loaded else 503)
 
+    async def _openapi(self, request: Request, key: ApiKey | None) -> None:
+        await request.say(openapi.document(__version__, list(self.runtime.graph.nodes)))
+
     async def _metrics(self, request: Request, key: ApiKey | None) -> None:
         self.metrics.store_up, self.metrics.turns_dropped = self.store.healthy, self.store.dropped
         await request.respond(200, self.metrics.text(), kind=TYPE.encode())
+
+
+async def _page(request: Request) -> None:
+    """A file of the page."""
+    file = page.find(request.path)
+    if file is None:
+        raise RequestError(f"There is no {request.path[:200]!r}.", "The page is at /.", code="not_found", status=404)
+    if request.method != "GET":
+        raise RequestError("The page's files take GET.", code="method_not_allowed", status=405)
+    if request.headers.get(b"if-none-match") == file.etag:
+        await request.start(304, file.kind, file.headers)
+        await request.piece(b"", more=False)
+    else:
+        await request.respond(200, file.body, file.headers, file.kind)
 
 
 def _line(request: Request, path: str) -> str:

@@ -38,7 +38,7 @@ class Guard:
 
     async def enter(self, request: Request) -> ApiKey | None:
         """The key that was shown. Raises RequestError (401, 403), StoreError when keys cannot be looked up."""
-        self._refuse_strange_pages(request)
+        self.refuse_strange_pages(request)
         scheme, _, secret = request.headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         secret = secret.strip() if scheme.lower() == "bearer" else ""
         if not secret.startswith(SECRET):
@@ -58,8 +58,11 @@ class Guard:
         request.key = key.id
         return key
 
-    def _refuse_strange_pages(self, request: Request) -> None:
-        """A page from elsewhere may not ask in the name of whoever sits before the browser, nor may a name that points here."""
+    def refuse_strange_pages(self, request: Request) -> None:
+        """A page from elsewhere may not ask in the name of whoever sits before the browser, nor may a name that points here.
+
+        Raises RequestError (403).
+        """
         host = request.headers.get(b"host", b"").decode("latin-1")
         origin = request.headers.get(b"origin")
         if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:

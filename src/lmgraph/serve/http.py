@@ -50,7 +50,7 @@ class Gone(Exception):
 class Request:
     """One HTTP request on its way. `began` is on the clock of time.perf_counter, `status` 0 until an answer has begun."""
 
-    __slots__ = ("began", "headers", "id", "key", "method", "node", "path", "receive", "scope", "send", "status")
+    __slots__ = ("began", "headers", "id", "key", "last_words", "method", "node", "path", "receive", "scope", "send", "status")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.receive, self.send = scope, receive, send
@@ -65,6 +65,8 @@ class Request:
         """id of the API key that was shown, '' for none"""
         self.node = ""
         """that answered"""
+        self.last_words: Callable[[LmgraphError], bytes] = wire.error_event
+        """what is said when a stream cannot go on"""
 
     def query(self) -> dict[str, str]:
         """The query string's fields; of a repeated one the last counts."""
@@ -121,7 +123,7 @@ class Request:
     async def fail(self, error: LmgraphError) -> None:
         """Send an error: as an answer, or, when a stream has begun, as its last event."""
         if self.status:
-            await self.piece(wire.error_event(error), more=False)
+            await self.piece(self.last_words(error), more=False)
             return
         status = wire.status_of(error)
         headers = list(AFTER.get(status, ()))

@@ -34,6 +34,8 @@ class Talk:
     id: str = ""
     new: tuple[Message, ...] = ()
     """the messages that no turn before this one holds"""
+    turns: int = 0
+    """that the store has of it"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Memory:
             node = next((t.node for t in reversed(turns) if t.answer.strip() == before), turns[-1].node)
         calling = messages[-1].role in ("tool", "function")
         ask = replace(ask, node=ask.node or node) if calling and node else replace(ask, stay=node)
-        return Talk(ask, owner, conversation, new)
+        return Talk(ask, owner, conversation, new, len(turns))
 
     async def remember(self, talk: Talk, answer: str, node: str, trace: Mapping[str, Any]) -> None:
         """Keep a turn; returns when it is kept (or the store is down)."""

@@ -72,8 +72,8 @@ def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
         raise RequestError("There is no message with role user.", param="messages")
     stream_options = take(given, "stream_options", dict, {})
     own = dict(take(given, MODEL, dict, {}))
-    trace, progress = take(own, "trace", bool, False), take(own, "progress", bool, False)
-    conversation = conversation_of(take(own, "conversation", str, ""))
+    trace, progress = take(own, "trace", bool, False, f"{MODEL}."), take(own, "progress", bool, False, f"{MODEL}.")
+    conversation = conversation_of(take(own, "conversation", str, "", f"{MODEL}."))
     if own:
         raise RequestError(f"lmgraph.{next(iter(own))!s:.40} is unknown; valid: trace, progress, conversation.", param=MODEL)
     limit = number(given, "max_completion_tokens", 1, 1_000_000, whole=True)

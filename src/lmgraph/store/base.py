@@ -113,8 +113,8 @@ class ApiKey:
     ) -> tuple[ApiKey, str]:
         """A new key and its secret, which is shown to its owner once and kept nowhere."""
         secret = f"lmg-{secrets.token_urlsafe(32)}"
-        limits = {"rate_per_minute": rate_per_minute, "concurrent": concurrent}
-        key = cls(secrets.token_hex(6), plain(name), digest_of(secret), **limits, admin=admin)
+        id, digest = secrets.token_hex(6), digest_of(secret)
+        key = cls(id, plain(name), digest, rate_per_minute=rate_per_minute, concurrent=concurrent, admin=admin)
         return key, secret
 
     def to_json(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,4 +159,4 @@ class SqliteStore:
 
 
 def _key(row: Any) -> ApiKey:
-    return ApiKey(*row[:-1], admin=bool(row[-1]))
+    return replace(ApiKey(*row[:-1]), admin=bool(row[-1]))
