@@ -211,6 +211,7 @@ export class Editor {
 
   async #try(work) {
     say(this.problem, "");
+    this.done.textContent = "";
     this.send.disabled = true;
     try {
       const answer = await work();
