@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmgraph import assets, bundles, graphfile, prompts, runtime, settings
+from lmgraph import assets, bundles, files, graphfile, prompts, settings
 from lmgraph.engine import Engine, Session
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples, heads
@@ -62,7 +62,7 @@ def build(base: Path, nodes: int, folder: Path) -> Path:
 
 
 def descriptions(nodes: int) -> list[str]:
-    given = list(graphfile.loads(runtime.builtin_graph()).nodes.values())
+    given = list(graphfile.loads(files.builtin_graph()).nodes.values())
     return [f"{given[i % len(given)].name}{'' if i < len(given) else f'_{i}'}: {given[i % len(given)].description}" for i in range(nodes)]
 
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from lmgraph import assets, bundles
@@ -23,6 +31,7 @@ def own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
         if name.startswith("LMGRAPH_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("LMGRAPH_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("LMGRAPH_STORE", f"sqlite:///{tmp_path_factory.mktemp('store')}/store.db")
     monkeypatch.setenv("LMGRAPH_THREADS", "2")
 
 
@@ -83,3 +92,38 @@ def toy_graph_file(toy_master: Path, tmp_path: Path) -> Path:
     path = tmp_path / "graph.yaml"
     path.write_text(toy_graph(toy_master))
     return path
+
+
+def say(text: str) -> list[Any]:
+    """One user's message."""
+    return [{"role": "user", "content": text}]
+
+
+class Address(str):
+    """Where a gateway listens (http://host:port), and its process."""
+
+    process: subprocess.Popen[str]
+
+
+@contextmanager
+def serving(graph: str, folder: Path, *arguments: str, store: str = "sqlite://") -> Iterator[Address]:
+    """Address of a gateway of its own, ready to answer; it must end by itself, without a traceback, when it is told to."""
+    (folder / "graph.yaml").write_text(graph)
+    command = [sys.executable, "-m", "lmgraph", "serve", "graph.yaml", "--port", "0", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "LMGRAPH_STORE": store}
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stderr
+            first = process.stderr.readline()
+            address = re.search(r"http://\S+(?=/v1)", first)
+            assert address, first + process.stderr.read()
+            with httpx.Client(base_url=address.group()) as client:
+                while client.get("/readyz").status_code != 200:
+                    assert process.poll() is None, process.stderr.read()
+            found = Address(address.group())
+            found.process = process
+            yield found
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        assert "Traceback" not in said, said

@@ -139,8 +139,8 @@ def test_the_same_bundle_is_merged_once_and_another_one_anew(toy_bundle: Path, t
 
 
 def test_the_built_in_bundle_fits_the_built_in_graph_and_its_size_is_small() -> None:
+    from lmgraph.files import read_graph
     from lmgraph.master import fits
-    from lmgraph.runtime import read_graph
 
     bundle = bundles.read("mmlu")
     fits(read_graph(None)[0], bundle.vocabulary)

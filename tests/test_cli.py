@@ -23,7 +23,7 @@ import click
 import pytest
 
 from conftest import WORDS, toy_graph, toy_queries
-from lmgraph import __version__, bundles, cli, graphfile
+from lmgraph import __version__, bundles, cli, graphfile, graphschema
 
 HEAVY = {"numpy", "torch", "xllamacpp", "httpx", "transformers", "gguf", "matplotlib", "rich"}
 SCRIPTED = "{kind: scripted, answers: {'*': 'answer to {}'}}"
@@ -423,7 +423,7 @@ def test_init_writes_the_built_in_graph_and_a_schema_and_overwrites_only_when_fo
     assert found.code == 0 and "lmgraph graph show" in found.out
     text = Path("mine/graph.yaml").read_text()
     assert len(graphfile.loads(text).nodes) == 17 and text.startswith("# yaml-language-server: $schema=graph.schema.json\n")
-    assert json.loads(Path("mine/graph.schema.json").read_text()) == graphfile.schema()
+    assert json.loads(Path("mine/graph.schema.json").read_text()) == graphschema.schema()
     write("mine/graph.yaml", "mine")
     found = lmgraph("graph", "init", "mine/graph.yaml")
     assert found.code == 2 and "exists" in found.err and "--force" in found.err and Path("mine/graph.yaml").read_text() == "mine"
@@ -438,7 +438,7 @@ def test_a_place_that_cannot_be_written_is_an_error_with_its_name(lmgraph: Comma
 
 
 def test_schema_is_the_schema(lmgraph: Command) -> None:
-    assert lmgraph("graph", "schema").data == graphfile.schema()
+    assert lmgraph("graph", "schema").data == graphschema.schema()
 
 
 def test_show_draws_nodes_tokens_workers_and_edges(lmgraph: Command, commented: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmgraph import graph, graphfile
+from lmgraph import graph, graphfile, graphschema
 from lmgraph.errors import GraphError
 from lmgraph.graph import END, START, Graph, MasterSpec, Node, WorkerSpec
 
@@ -445,8 +445,8 @@ edges: {start: "*"}
 def validator() -> Any:
     import jsonschema
 
-    jsonschema.Draft202012Validator.check_schema(graphfile.schema())
-    return jsonschema.Draft202012Validator(graphfile.schema())
+    jsonschema.Draft202012Validator.check_schema(graphschema.schema())
+    return jsonschema.Draft202012Validator(graphschema.schema())
 
 
 def test_the_schema_takes_the_form_of_the_design_and_what_is_written_from_it(validator: Any) -> None:

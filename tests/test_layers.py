@@ -9,24 +9,24 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
-    "errors", "types", "graph", "graphfile", "tokens", "prompts", "rewrite", "settings",
-    "assets", "bundles", "engine", "workers.base", "workers.scripted", "workers.embedded",
+    "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "settings",
+    "assets", "bundles", "graphedit", "engine", "workers.base", "workers.scripted", "workers.embedded",
     "workers.replicas", "workers.reading", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
-    "master", "execute", "runtime", "serve.wire", "serve.metrics", "serve.app", "serve",
+    "files", "master", "execute", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.answer", "serve.app", "serve",
     "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.routes", "evaluate.report",
     "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.graphs", "cli.training", "cli.measuring",
-    "cli.serving",
+    "cli.keeping", "cli.serving",
 ]
 HOMES = {
     "xllamacpp": {"engine"}, "torch": {"train.model", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
-    "httpx": {"assets"}, "aiohttp": {"workers.openai"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "gguf": {"bundles", "train.tiny", "train.heads", "cli.training"}, "safetensors": {"bundles", "train.tune"},
-    "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile"}, "ruamel": {"cli.graphs"}, "click": {n for n in ORDER if n.startswith("cli")},
+    "httpx": {"assets"}, "aiohttp": {"workers.openai"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "train.tiny", "train.heads", "cli.training"}, "safetensors": {"bundles", "train.tune"},
+    "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.report"},
 }
-PURE = {"errors", "types", "graph", "graphfile", "tokens", "prompts", "rewrite", "workers.replicas", "workers.reading", "serve.wire"}
+PURE = {"errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
-LOCAL_IMPORTS = {"engine", "bundles", "runtime", "assets", "store", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.report"}
+LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.report"}
 BUDGET = 360
 
 

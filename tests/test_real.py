@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmgraph import rewrite, runtime, settings
+from lmgraph import files, rewrite, runtime, settings
 from lmgraph.graphfile import loads
 from lmgraph.master import Master
 from lmgraph.train import examples
@@ -24,7 +24,7 @@ REAL = settings.read({k: v for k, v in __import__("os").environ.items() if not k
 
 def with_master(work: Callable[[Master], Awaitable[Any]]) -> Any:
     async def main() -> Any:
-        async with runtime.Runtime(loads(runtime.builtin_graph()), REAL, None, runtime.Quiet()) as running:
+        async with runtime.Runtime(loads(files.builtin_graph()), REAL, None, files.Quiet()) as running:
             return await work(await running.master())
 
     return asyncio.run(main())

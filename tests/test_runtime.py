@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from conftest import WORDS, toy_graph
-from lmgraph import assets, execute, graphfile, runtime, settings
+from lmgraph import assets, execute, files, graphfile, runtime, settings
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, EngineError, GraphError, OutsideError, QueryError, UserError, WorkerError, WorkerTimeout
 from lmgraph.graph import Graph, Node, WorkerSpec
@@ -333,22 +333,22 @@ def test_nodes_that_need_a_model_at_the_same_time_fetch_it_once(toy_in_catalogue
 def test_the_tiny_profile_replaces_catalogue_models_only() -> None:
     given = graph_of({"a": "{kind: embedded, model: qwen2.5-coder-1.5b, system: s}", "b": "{kind: embedded, model: mine.gguf}",
                       "c": "{kind: openai, model: qwen2.5-coder-1.5b, urls: 'http://x/v1'}", "d": "{kind: scripted}"})
-    tiny = runtime.with_profile(given, "tiny")
+    tiny = files.with_profile(given, "tiny")
     assert [n.worker.model for n in tiny.nodes.values()] == ["smollm2-135m", "mine.gguf", "qwen2.5-coder-1.5b", ""]
     assert tiny.nodes["a"].worker.system == "s" and tiny.edges == given.edges
-    assert runtime.with_profile(given, "standard") is given
+    assert files.with_profile(given, "standard") is given
 
 
 def test_a_graph_is_the_named_file_or_the_one_here_or_the_built_in(
         toy_graph_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    built_in, folder = runtime.read_graph(None)
-    assert built_in == graphfile.loads(runtime.builtin_graph()) and folder is None and len(built_in.nodes) > 3
+    built_in, folder = files.read_graph(None)
+    assert built_in == graphfile.loads(files.builtin_graph()) and folder is None and len(built_in.nodes) > 3
     Path("graph.yaml").write_text(toy_graph(Path("here.gguf")))
-    here, folder = runtime.read_graph(None)
+    here, folder = files.read_graph(None)
     assert here.master.bundle == "here.gguf" and folder == Path()
-    named, folder = runtime.read_graph(toy_graph_file)
+    named, folder = files.read_graph(toy_graph_file)
     assert named.master.bundle != "here.gguf" and folder == toy_graph_file.parent
     assert Runtime.open(settings.read({"LMGRAPH_GRAPH": str(toy_graph_file), "HOME": "/"})).graph == named
     assert Runtime.open(settings.read({"LMGRAPH_GRAPH": "/not/there", "HOME": "/"}), toy_graph_file).graph == named
@@ -360,20 +360,20 @@ def test_a_graph_file_that_cannot_be_read_names_the_next_command(content: bytes 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(GraphError, match="cannot be read") as caught:
-        runtime.read_graph(path)
+        files.read_graph(path)
     assert str(path) in caught.value.message and caught.value.hint == f"Make one: lmgraph graph init {path}"
 
 
 def test_a_model_beside_the_graph_is_found_and_a_stranger_is_named_with_the_valid_ones(tmp_path: Path) -> None:
     (tmp_path / "mine.gguf").touch()
-    watcher = runtime.Quiet()
-    assert runtime.model_file("mine.gguf", tmp_path / "cache", tmp_path, watcher) == tmp_path / "mine.gguf"
+    watcher = files.Quiet()
+    assert files.model_file("mine.gguf", tmp_path / "cache", tmp_path, watcher) == tmp_path / "mine.gguf"
     with pytest.raises(AssetError, match=r"'other\.gguf' is neither") as caught:
-        runtime.model_file("other.gguf", tmp_path / "cache", tmp_path, watcher)
+        files.model_file("other.gguf", tmp_path / "cache", tmp_path, watcher)
     assert all(name in caught.value.hint for name in assets.CATALOGUE)
     with pytest.raises(AssetError, match="sha256 0123456789abcdef"):
-        runtime.base_of("0123456789abcdef" * 4)
-    assert runtime.base_of(assets.CATALOGUE["smollm2-135m"].sha256) is assets.CATALOGUE["smollm2-135m"]
+        files.base_of("0123456789abcdef" * 4)
+    assert files.base_of(assets.CATALOGUE["smollm2-135m"].sha256) is assets.CATALOGUE["smollm2-135m"]
 
 
 # --- fold ---

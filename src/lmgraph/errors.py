@@ -73,13 +73,18 @@ class QueryError(UserError):
 
 
 class RequestError(UserError):
-    """A request over the wire that a door does not accept: `param` is the field, `status` the HTTP status."""
+    """A request over the wire that a door does not accept: `param` is the field, `status` the HTTP status.
+
+    `retry_after_s`: seconds after which the same request may do better (429).
+    """
 
     code = "bad_request"
 
-    def __init__(self, message: str, hint: str = "", *, param: str | None = None, code: str = "", status: int = 400) -> None:
+    def __init__(
+        self, message: str, hint: str = "", *, param: str | None = None, code: str = "", status: int = 400, retry_after_s: float = 1.0
+    ) -> None:
         super().__init__(message, hint)
-        self.param, self.status = param, status
+        self.param, self.status, self.retry_after_s = param, status, retry_after_s
         self.code = code or self.code
 
 

@@ -52,11 +52,15 @@ class Node:
 
 @dataclass(frozen=True)
 class MasterSpec:
-    """Which master chooses: a bundle's name or folder, or a GGUF with a vocabulary; below `threshold`, `fallback` answers."""
+    """Which master chooses: a bundle's name or folder, or a GGUF with a vocabulary; below `threshold`, `fallback` answers.
+
+    Within a conversation the node of the turn before stays unless another one is more probable by at least `margin`.
+    """
 
     bundle: str = "mmlu"
     threshold: float = 0.0
     fallback: str = ""
+    margin: float = 0.3
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""graph.yaml: text -> Graph with every problem named by its line, Graph -> text, and the JSON Schema for editors.
+"""graph.yaml: text -> Graph with every problem named by its line, and Graph -> text.
 
 Pure: text in, text out. It knows the form of the file; what a graph must be as a whole is graph.py's.
 """
@@ -136,6 +136,15 @@ def loads(text: str, name: str = "graph.yaml") -> Graph:
         raise GraphError(
             f"{name} cannot be read as YAML: {line}{problem}", "See an example: lmgraph graph init --help", (f"{line}{problem}",)
         ) from error
+    return _checked(data, lines, name)
+
+
+def of_dict(data: Any, name: str = "the graph") -> Graph:
+    """The graph of plain data in the file's form (`to_dict` reversed). Raises GraphError with every problem."""
+    return _checked(data, _Lines(""), name)
+
+
+def _checked(data: Any, lines: _Lines, name: str) -> Graph:
     reader = _Reader(lines)
     graph = reader.graph(data)
     problems = reader.problems or (check(graph, lines.at) if graph else [])
@@ -196,9 +205,11 @@ class _Reader:
         top = self.take(data, (), {"version": (int,), "master": (dict,), "nodes": (dict,), "edges": (dict,)}, ("version", "nodes", "edges"))
         if top.get("version", VERSION) != VERSION:
             self.say(("version",), f"found {top['version']}, this lmgraph reads version {VERSION}")
-        spec = self.take(top.get("master", {}), ("master",), {"bundle": (str,), "threshold": (int, float), "fallback": (str,)}, ())
-        if not 0 <= spec.get("threshold", 0) <= 1:
-            self.say(("master", "threshold"), f"found {spec['threshold']}, expected a probability from 0 to 1")
+        known = {"bundle": (str,), "threshold": (int, float), "fallback": (str,), "margin": (int, float)}
+        spec = self.take(top.get("master", {}), ("master",), known, ())
+        for name in ("threshold", "margin"):
+            if not 0 <= spec.get(name, 0) <= 1:
+                self.say(("master", name), f"found {spec[name]}, expected a probability from 0 to 1")
         for section in ("nodes", "edges"):
             for name in top.get(section, {}):
                 if not isinstance(name, str):  # YAML reads a bare `no` as false, and 1 and "1" would be one node
@@ -297,61 +308,3 @@ def _kind(value: Any) -> str:
         return "nothing"
     name = _NAMES.get(type(value), type(value).__name__)
     return f"{name} ({value!r:.40})" if not isinstance(value, (dict, list, tuple, set)) else name
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of graph.yaml, for editors; `loads` checks more than a schema can say."""
-    text, number = {"type": "string"}, {"type": "number"}
-    worker = {
-        "type": "object",
-        "required": ["kind"],
-        "additionalProperties": False,
-        "properties": {
-            "kind": {"enum": list(KINDS), "description": "embedded: llama.cpp in this process; openai: any OpenAI-compatible server"},
-            "model": {**text, "description": "catalogue name or GGUF file (embedded), model name (openai)"},
-            "system": {**text, "description": "system prompt put before every request"},
-            "urls": {"oneOf": [text, {"type": "array", "items": text}], "description": "base URLs of replicas, e.g. http://host:8000/v1"},
-            "key_env": {**text, "description": "environment variable that holds the API key"},
-            "timeout_s": {**number, "exclusiveMinimum": 0},
-            "retries": {"type": "integer", "minimum": 0, "maximum": 10},
-            "max_tokens": {"type": "integer", "minimum": 1},
-            "temperature": {**number, "minimum": 0, "maximum": 2},
-            "answers": {"type": "object", "description": "scripted only: request -> answer, '*' for any"},
-        },
-    }
-    node = {
-        "type": "object",
-        "required": ["token", "description", "worker"],
-        "additionalProperties": False,
-        "properties": {
-            "token": {"type": "integer", "minimum": 0, "description": "number of the functional token; never re-used for another node"},
-            "description": text,
-            "worker": worker,
-            "rewrite": {"enum": list(REWRITE)},
-            "threshold": {**number, "minimum": 0, "maximum": 1},
-            "accepts": {"oneOf": [text, {"type": "array", "items": {"enum": list(MODALITIES)}}]},
-            "fallback": {**text, "description": "node that takes over when this worker fails"},
-            "adapter": text,
-        },
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "lmgraph graph",
-        "type": "object",
-        "required": ["version", "nodes", "edges"],
-        "additionalProperties": False,
-        "properties": {
-            "version": {"const": VERSION},
-            "master": {
-                "type": "object",
-                "additionalProperties": False,
-                "properties": {
-                    "bundle": {**text, "description": "built-in bundle or folder"},
-                    "threshold": {**number, "minimum": 0, "maximum": 1},
-                    "fallback": {**text, "description": "node asked when the master's probability is below the threshold"},
-                },
-            },
-            "nodes": {"type": "object", "additionalProperties": node, "propertyNames": {"pattern": "^[A-Za-z0-9_-]{1,64}$"}},
-            "edges": {"type": "object", "additionalProperties": {"oneOf": [text, {"type": "array", "items": text}]}},
-        },
-    }

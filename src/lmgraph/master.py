@@ -34,9 +34,12 @@ class Master:
         self.graph = graph
         self._template: dict[str, list[int]] = {}
 
-    async def decide(self, query: str, at: str = START, *, rewriting: bool | None = None, among: Sequence[str] | None = None) -> Decision:
+    async def decide(
+        self, query: str, at: str = START, *, rewriting: bool | None = None, among: Sequence[str] | None = None, stay: str = ""
+    ) -> Decision:
         """Decide where `query` goes from node `at`. `rewriting` overrides the nodes' own `rewrite:` setting; `among` narrows the choice.
 
+        Node `stay` is chosen unless another one is more probable by the graph's margin, or it may not follow `at`.
         Raises QueryError for a query without content, NoDecision when nothing may follow `at`.
         """
         if not query.strip():
@@ -57,7 +60,10 @@ class Master:
                 raise NoDecision("The master gave no probability to any allowed node.")
             ranked = tuple((allowed[i], p) for i, p in choice.probabilities if i in allowed)
             chosen, probability = ranked[0]
-            node, fallback = self._threshold(chosen, probability, names)
+            stayed = chosen != stay and probability - dict(ranked).get(stay, -1.0) < self.graph.master.margin
+            if stayed:
+                chosen, probability = stay, dict(ranked)[stay]
+            node, fallback = (chosen, False) if chosen == stay else self._threshold(chosen, probability, names)
             decided = time.perf_counter()
             text, note, written = query, "", 0
             if fallback:
@@ -77,6 +83,7 @@ class Master:
             rewritten=text,
             rewrite_note=note,
             fallback=fallback,
+            stayed=stayed,
             shortened=shortened,
             tokenise_ms=(tokenised - began) * 1000,
             prefill_ms=(decided - started) * 1000,

@@ -16,6 +16,7 @@ VARIABLES = {
     "LMGRAPH_CACHE": "folder for weights and merged masters (default: the user's cache folder)",
     "LMGRAPH_GRAPH": "graph.yaml to use when --graph is not given (default: ./graph.yaml, else the built-in graph)",
     "LMGRAPH_PROFILE": "standard, or tiny: SmolLM2-135M in place of every built-in worker model",
+    "LMGRAPH_STORE": "where the gateway keeps history, cache and keys (default: a SQLite file in the user's data folder)",
     "LMGRAPH_THREADS": "CPU threads for embedded models (default: the cores this process may use)",
 }
 
@@ -25,6 +26,8 @@ class Settings:
     """What the environment says."""
 
     cache: Path
+    store: str = "sqlite://"
+    """URL: sqlite:///file, sqlite:// (in memory), redis://host"""
     graph: Path | None = None
     profile: str = "standard"
     threads: int = 1
@@ -49,13 +52,14 @@ def read(environment: Mapping[str, str] = os.environ) -> Settings:
     try:
         return Settings(
             cache=Path(cache).expanduser() if cache else _user_cache(environment) / "lmgraph",
+            store=environment.get("LMGRAPH_STORE") or f"sqlite:///{_user_data(environment) / 'lmgraph' / 'store.db'}",
             graph=Path(graph).expanduser() if graph else None,
             profile=profile,
             threads=int(threads) if threads else _cores(),
         )
     except RuntimeError as error:  # no home folder: a container's user without an entry, or ~somebody
         raise SettingsError(
-            f"A home folder is needed and cannot be found: {error}", "Set LMGRAPH_CACHE and LMGRAPH_GRAPH to full paths."
+            f"A home folder is needed and cannot be found: {error}", "Set LMGRAPH_CACHE, LMGRAPH_GRAPH and LMGRAPH_STORE to full paths."
         ) from error
 
 
@@ -65,6 +69,14 @@ def _user_cache(environment: Mapping[str, str]) -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _user_data(environment: Mapping[str, str]) -> Path:
+    if sys.platform == "win32" and (local := environment.get("LOCALAPPDATA")):
+        return Path(local)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support"
+    return Path(environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
 
 
 def _cores() -> int:

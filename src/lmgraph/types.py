@@ -31,6 +31,8 @@ class Ask:
     """further options of OpenAI's chat completions (top_p, stop, seed, n, tools, ...), for workers that know them"""
     needs: frozenset[str] = frozenset()
     """modalities besides text (image, audio) that the node must accept"""
+    stay: str = ""
+    """the node that answered the turn before this one: kept unless the new turn clearly belongs elsewhere"""
 
     @property
     def query(self) -> str:
@@ -57,6 +59,8 @@ class Decision:
     rewritten: str = ""
     rewrite_note: str = ""
     fallback: bool = False
+    stayed: bool = False
+    """the conversation's node was kept although another one was a little more probable"""
     shortened: int = 0
     """query tokens that the master did not see (the worker gets the query whole)"""
     tokenise_ms: float = 0.0
@@ -75,6 +79,7 @@ class Decision:
             "query": self.query,
             "rewritten": self.rewritten,
             "fallback": self.fallback,
+            "stayed": self.stayed,
             "chosen": self.chosen,
             "rewrite_note": self.rewrite_note,
             "shortened": self.shortened,

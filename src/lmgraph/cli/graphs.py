@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import click
 
-from lmgraph import graphfile
+from lmgraph import graphedit, graphfile, graphschema
 from lmgraph.assets import atomic
 from lmgraph.cli import settings
 from lmgraph.cli.run import GRAPH, JSON
-from lmgraph.errors import GraphError, LmgraphError, UserError
+from lmgraph.errors import LmgraphError, UserError
 from lmgraph.graph import END, START
 
 EDITED = click.option(
@@ -38,19 +37,19 @@ def graph() -> None:
 @click.option("--force", is_flag=True, help="write over a file that is there")
 def init(file: Path, force: bool) -> None:
     """Write the built-in graph of 17 experts to FILE (default graph.yaml) as a start of your own, and a schema for editors beside it."""
-    from lmgraph.runtime import builtin_graph
+    from lmgraph.files import builtin_graph
 
     if file.exists() and not force:
         raise UserError(f"{file} exists.", "Use another name, or --force to write over it.")
     _write(file, "# yaml-language-server: $schema=graph.schema.json\n" + builtin_graph())
-    _write(file.with_name("graph.schema.json"), json.dumps(graphfile.schema(), indent=2) + "\n")
+    _write(file.with_name("graph.schema.json"), json.dumps(graphschema.schema(), indent=2) + "\n")
     click.echo(f"Wrote {file} and graph.schema.json. Look at it: lmgraph graph show --graph {file}")
 
 
 @graph.command()
 def schema() -> None:
     """Print the JSON Schema of graph.yaml."""
-    click.echo(json.dumps(graphfile.schema(), indent=2))
+    click.echo(json.dumps(graphschema.schema(), indent=2))
 
 
 @graph.command()
@@ -62,7 +61,7 @@ def show(path: Path | None, svg: Path | None, as_json: bool) -> None:
     from rich.console import Console
 
     from lmgraph.cli.show import graph_svg, graph_tree
-    from lmgraph.runtime import read_graph
+    from lmgraph.files import read_graph
 
     given, _ = read_graph(path or settings().graph)
     if as_json:
@@ -80,8 +79,8 @@ def show(path: Path | None, svg: Path | None, as_json: bool) -> None:
 def check(path: Path | None, as_json: bool) -> None:
     """Check the graph as a whole, and whether its master knows every node. Every problem is reported at once."""
     from lmgraph import bundles
+    from lmgraph.files import Quiet, model_file, read_graph
     from lmgraph.master import fits
-    from lmgraph.runtime import Quiet, model_file, read_graph
 
     try:
         given, folder = read_graph(path or settings().graph)
@@ -128,7 +127,7 @@ def add(
 ) -> None:
     """Add node NAME; with --examples the master learns it in seconds, without retraining."""
     from lmgraph import bundles
-    from lmgraph.runtime import read_graph
+    from lmgraph.files import read_graph
 
     given, folder = read_graph(path)
     if name in given.nodes:
@@ -153,7 +152,7 @@ def add(
     if examples:
         from lmgraph.cli.training import fit_node
 
-        _changed(path, change)  # checked before any work starts
+        graphedit.changed(path, change)  # checked before any work starts
         made = asyncio.run(fit_node(path, name, token, examples, None))
 
         def change_both(data: Any) -> None:
@@ -173,22 +172,7 @@ def add(
 def remove(name: str, path: Path) -> None:
     """Remove node NAME and its edges. Its functional token is not given to anybody else by itself."""
 
-    def change(data: Any) -> None:
-        if name not in data["nodes"]:
-            raise UserError(f"There is no node {name!r}.", f"Valid: {', '.join(data['nodes'])}")
-        _drop(data["nodes"], name, data)
-        if name in data["edges"]:
-            _drop(data["edges"], name, data)
-        for targets in data["edges"].values():
-            while name in targets:
-                targets.remove(name)
-        if (data.get("master") or {}).get("fallback") == name:
-            del data["master"]["fallback"]
-        for node in data["nodes"].values():
-            if node.get("fallback") == name:
-                del node["fallback"]
-
-    _edit(path, change)
+    _edit(path, lambda data: graphedit.remove(data, name))
     click.echo(f"Removed {name}.")
 
 
@@ -232,58 +216,8 @@ def disconnect(source: str, targets: tuple[str, ...], path: Path) -> None:
     click.echo(f"{source} -/-> {', '.join(targets)}")
 
 
-def _changed(path: Path, change: Callable[[Any], None]) -> str:
-    """The file's text after a change, comments kept; raises GraphError when the changed graph has problems."""
-    from ruamel.yaml import YAML
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise GraphError(f"{path} cannot be read: {error.strerror}.", f"Make one: lmgraph graph init {path}") from error
-    graphfile.loads(text, str(path))
-    yaml = YAML()
-    yaml.width = 150
-    yaml.preserve_quotes = True
-    data = yaml.load(text)
-    for source, targets in data["edges"].items():
-        if isinstance(targets, str):  # short for a list of one
-            data["edges"][source] = [targets]
-    change(data)
-    buffer = io.StringIO()
-    yaml.dump(data, buffer)
-    graphfile.loads(buffer.getvalue(), f"{path} after this change")
-    return buffer.getvalue()
-
-
-def _drop(rows: Any, name: str, whole: Any) -> None:
-    """Take a key out of a mapping. The YAML library hangs the comment above the *next* key on this one: it is moved there."""
-    node, text = rows, ""
-    place: Any = name
-    while True:
-        token = (node.ca.items.get(place) or [None] * 3)[2 if isinstance(node, dict) else 0]
-        if token is not None:
-            width = rows.lc.key(name)[1]
-            lines = [line for line in token.value.split("\n")[1:] if line.strip() and len(line) - len(line.lstrip()) <= width]
-            text = "\n".join(line.strip().removeprefix("#").strip() for line in lines)
-            break
-        node = node[place]
-        if not node or not hasattr(node, "ca"):
-            break
-        place = list(node)[-1] if isinstance(node, dict) else len(node) - 1
-    keys = list(rows)
-    following = next(iter(keys[keys.index(name) + 1 :]), None)
-    owner = rows
-    if following is None:
-        top = list(whole)
-        section = next(key for key in top if whole[key] is rows)
-        owner, following = whole, next(iter(top[top.index(section) + 1 :]), None)
-    del rows[name]
-    if text and following is not None:
-        owner.yaml_set_comment_before_after_key(following, before=text, indent=0 if owner is whole else width)
-
-
 def _edit(path: Path, change: Callable[[Any], None]) -> None:
-    _write(path, _changed(path, change))
+    _write(path, graphedit.changed(path, change))
 
 
 def _write(path: Path, text: str) -> None:

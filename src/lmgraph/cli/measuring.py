@@ -69,7 +69,8 @@ async def _routes(
     from lmgraph.errors import DataError
     from lmgraph.evaluate import report
     from lmgraph.evaluate import routes as measuring
-    from lmgraph.runtime import Runtime, read_graph
+    from lmgraph.files import read_graph
+    from lmgraph.runtime import Runtime
     from lmgraph.train import examples as data
     from lmgraph.types import Decision
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import click
 
 from lmgraph.cli import settings
+from lmgraph.cli.keeping import STORE
 from lmgraph.cli.run import PROFILE
 from lmgraph.errors import UserError
 
@@ -18,46 +18,61 @@ from lmgraph.errors import UserError
 @click.argument("path", metavar="[GRAPH]", type=click.Path(path_type=Path), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one")
-@click.option("--open", "is_open", is_flag=True, help="listen beyond this machine although anybody who reaches the port may ask")
+@click.option("--open", "is_open", is_flag=True, help="beyond this machine: let in anybody who reaches the port, without a key")
+@click.option("--require-keys", is_flag=True, help="ask for an API key on this machine too (beyond it, that is the rule)")
+@STORE
 @click.option("--max-body", type=click.IntRange(1024), default=4 << 20, show_default=True, help="largest request body, in bytes")
 @click.option("--max-active", type=click.IntRange(1), default=1024, show_default=True, help="answers in the making at a time; more get 429")
+@click.option("--log", type=click.Choice(["json", "off"]), default="off", show_default=True, help="a line a request, without its text")
 @PROFILE
-def serve(path: Path | None, host: str, port: int, is_open: bool, max_body: int, max_active: int, profile: str | None) -> None:
+def serve(
+    path: Path | None,
+    host: str,
+    port: int,
+    is_open: bool,
+    require_keys: bool,
+    store: str | None,
+    max_body: int,
+    max_active: int,
+    log: str,
+    profile: str | None,
+) -> None:
     """Serve GRAPH (default: ./graph.yaml, else the built-in graph) as one OpenAI-compatible endpoint.
 
-    Point any OpenAI client at http://127.0.0.1:8000/v1 and ask the model `lmgraph`, or pin a node with `lmgraph/NODE`. Ctrl-C lets
-    running answers end, then stops.
+    Point any OpenAI client at http://127.0.0.1:8000/v1 and ask the model `lmgraph`, or pin a node with `lmgraph/NODE`. Beyond this
+    machine an API key is asked for (lmgraph keys create NAME). Ctrl-C lets running answers end, then stops.
     """
     import uvicorn
 
     from lmgraph.cli.show import Bars
+    from lmgraph.files import graph_file
     from lmgraph.runtime import Runtime
     from lmgraph.serve.app import Gateway, Limits
+    from lmgraph.serve.editing import Editor
+    from lmgraph.serve.guard import Guard, loopback
+    from lmgraph.store import open_store
+    from lmgraph.store.shield import Shielded
 
-    if not is_open and not _loopback(host):
-        raise UserError(
-            f"{host} can be reached from other machines, and nothing asks for a key yet.",
-            "Listen on 127.0.0.1 behind a proxy that checks keys, or say --open.",
-        )
+    using = settings(profile=profile, store=store)
+    required = require_keys or not (is_open or loopback(host))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("lmgraph.serve").setLevel(logging.INFO if log == "json" else logging.WARNING)
     with Bars() as bars:
-        runtime = Runtime.open(settings(profile=profile), path, bars)
+        runtime = Runtime.open(using, path, bars)
         listener = _listen(host, port)
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         click.echo(f"lmgraph serves {len(runtime.graph.nodes)} nodes at http://{shown}:{number}/v1 (Ctrl-C stops)", err=True)
-        app = Gateway(runtime, Limits(body_bytes=max_body, active=max_active))
+        if required:
+            click.echo("An API key is asked for; make one: lmgraph keys create NAME", err=True)
+        kept = Shielded(open_store(using.store))
+        editor = Editor(runtime, graph_file(path or using.graph))
+        guard = Guard(kept, required=required, local=loopback(host))
+        app = Gateway(runtime, kept, guard, editor, Limits(body_bytes=max_body, active=max_active))
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=30, server_header=False, date_header=False
         )
         uvicorn.Server(config).run([listener])
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _listen(host: str, port: int) -> socket.socket:

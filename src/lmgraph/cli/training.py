@@ -137,7 +137,7 @@ def _ground(path: Path | None, base: str, size: int) -> tuple[Any, Any, Path]:
 
     from lmgraph import assets
     from lmgraph.cli.show import Bars
-    from lmgraph.runtime import model_file, read_graph
+    from lmgraph.files import model_file, read_graph
     from lmgraph.tokens import Vocabulary
 
     using = settings()
@@ -182,7 +182,7 @@ def heads_(
         if not examples:
             raise UserError("--node needs --examples.", "lmgraph train heads --node NAME --examples FILE")
         from lmgraph.cli.graphs import _edit
-        from lmgraph.runtime import read_graph
+        from lmgraph.files import read_graph
 
         target = path or settings().graph or Path("graph.yaml")
         given, _ = read_graph(target)
@@ -209,8 +209,8 @@ async def fit_node(path: Path, node: str, token: int, examples: Path, out: Path 
     from lmgraph import bundles
     from lmgraph.cli.run import queries_of
     from lmgraph.cli.show import Bars
+    from lmgraph.files import master_file, read_graph
     from lmgraph.master import QUERY_LIMIT
-    from lmgraph.runtime import master_file, read_graph
     from lmgraph.train import heads
 
     using = settings()
@@ -278,7 +278,7 @@ def export(name: str, target: Path, force: bool) -> None:
     """Write bundle NAME (built-in, or a folder), merged into its base, as one GGUF that plain llama.cpp loads."""
     from lmgraph import bundles
     from lmgraph.cli.show import Bars
-    from lmgraph.runtime import base_of, model_file
+    from lmgraph.files import base_of, model_file
 
     if target.exists() and not force:
         raise UserError(f"{target} exists.", "Use another name, or --force to write over it.")

@@ -20,15 +20,15 @@ from lmgraph.errors import AssetError
 @click.option("--verify", is_flag=True, help="read every byte of the files that are there, and fetch damaged ones again")
 def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify: bool) -> None:
     """Fetch weights now: NAMES from the catalogue, or what the graph needs. Interrupted fetches go on where they stopped."""
-    from lmgraph import runtime
+    from lmgraph import files
     from lmgraph.cli.show import Bars, console
 
     using = settings(profile=profile)
     unknown = [name for name in names if name not in assets.CATALOGUE]
     if unknown:
         raise AssetError(f"Not in the catalogue: {', '.join(unknown)}.", f"Valid: {', '.join(assets.CATALOGUE)}")
-    given, folder = runtime.read_graph(path or using.graph)
-    given = runtime.with_profile(given, using.profile)
+    given, folder = files.read_graph(path or using.graph)
+    given = files.with_profile(given, using.profile)
     wanted = list(names) or sorted(
         {n.worker.model for n in given.nodes.values() if n.worker.kind == "embedded" and n.worker.model in assets.CATALOGUE}
     )
@@ -38,10 +38,10 @@ def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify:
             if verify and assets.locate(asset, using.cache) and not assets.verify(asset, using.cache):
                 bars.say(f"{asset.file} is damaged; fetching it again")
                 (using.cache / "weights" / asset.file).unlink()
-            found = runtime.model_file(name, using.cache, folder, bars)
+            found = files.model_file(name, using.cache, folder, bars)
             console.print(f"{name}: {found} ({asset.size / 1e6:,.0f} MB, {asset.licence})", markup=False, soft_wrap=True)
         if not names:
-            master, _ = runtime.master_file(given.master.bundle, using.cache, folder, bars)
+            master, _ = files.master_file(given.master.bundle, using.cache, folder, bars)
             console.print(f"master {given.master.bundle}: {master}", markup=False, soft_wrap=True)
 
 

@@ -1,7 +1,8 @@
 """The gateway: an ASGI application over one runtime. Bare ASGI, because a framework's routing costs a third of the throughput.
 
-It knows paths, headers, limits and how a client leaves; `wire` knows what bodies look like, the runtime what an answer takes. Every
-failure is an error object of OpenAI's shape; one in the middle of a stream is an event, after which the stream ends without [DONE].
+It knows paths and who may use them, and what an answer goes through: `guard` who asks, `memory` what is remembered, the runtime
+the answer, `wire` the bodies. Every failure is an error object of OpenAI's shape; one in the middle of a stream is an event, after
+which the stream ends without [DONE].
 """
 
 from __future__ import annotations
@@ -9,137 +10,61 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, MutableMapping
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from lmgraph.errors import LmgraphError, RequestError
 from lmgraph.runtime import Runtime
 from lmgraph.serve import wire
+from lmgraph.serve.answer import Answering
+from lmgraph.serve.editing import Editor
+from lmgraph.serve.guard import Guard
+from lmgraph.serve.http import Gone, Limits, Receive, Request, Scope, Send
+from lmgraph.serve.memory import Memory, cache_key, place
 from lmgraph.serve.metrics import TYPE, Metrics
-from lmgraph.types import Decision, Delta
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
+from lmgraph.store.base import ApiKey
+from lmgraph.store.shield import Shielded
 
 LOG = logging.getLogger("lmgraph.serve")
-AFTER: dict[int, Headers] = {429: [(b"retry-after", b"1")], 408: [(b"connection", b"close")], 413: [(b"connection", b"close")]}
-"""status -> headers: a client that is still sending is cut off, or its body would be read to its end"""
-REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one gateway takes on: what is above is refused at once, so that memory stays bounded."""
-
-    body_bytes: int = 4 << 20
-    body_s: float = 30.0
-    """a body must be there after this many seconds"""
-    active: int = 1024
-    """answers in the making"""
-
-
-class Gone(Exception):
-    """The client has left: nobody reads what would be sent."""
-
-
-@dataclass
-class Request:
-    """One HTTP request on its way."""
-
-    scope: Scope
-    receive: Receive
-    send: Send
-    id: str
-    began: float
-    status: int = 0
-
-    async def body(self, limits: Limits) -> bytes:
-        """The whole body. Raises RequestError (413, 408), Gone."""
-        for name, value in self.scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > limits.body_bytes:
-                raise _too_large(limits)
-        event = await self.receive()
-        if event["type"] == "http.request" and not event.get("more_body"):
-            return self._within(event.get("body", b""), limits)
-        try:
-            return await asyncio.wait_for(self._rest(event, limits), limits.body_s)
-        except asyncio.TimeoutError:
-            raise RequestError(f"The body did not arrive within {limits.body_s:g} s.", code="timeout", status=408) from None
-
-    async def _rest(self, event: MutableMapping[str, Any], limits: Limits) -> bytes:
-        body = bytearray()
-        while event["type"] == "http.request":
-            body += event.get("body", b"")
-            self._within(body, limits)
-            if not event.get("more_body"):
-                return bytes(body)
-            event = await self.receive()
-        raise Gone
-
-    @staticmethod
-    def _within(body: bytes | bytearray, limits: Limits) -> bytes:
-        if len(body) > limits.body_bytes:
-            raise _too_large(limits)
-        return cast(bytes, body)
-
-    async def start(self, status: int, kind: bytes, headers: Headers) -> None:
-        """Send status and headers."""
-        self.status = status
-        all_headers = [(b"content-type", kind), (b"x-request-id", self.id.encode()), *headers]
-        await self.send({"type": "http.response.start", "status": status, "headers": all_headers})
-
-    async def piece(self, body: bytes, more: bool = True) -> None:
-        """Send a piece of the body."""
-        await self.send({"type": "http.response.body", "body": body, "more_body": more})
-
-    async def respond(self, status: int, body: bytes, headers: Headers | None = None, kind: bytes = b"application/json") -> None:
-        """Send a whole answer."""
-        await self.start(status, kind, [(b"content-length", str(len(body)).encode()), *(headers or [])])
-        await self.piece(body, more=False)
-
-    async def fail(self, error: LmgraphError, headers: Headers | None = None) -> None:
-        """Send an error: as an answer, or, when a stream has begun, as its last event."""
-        if self.status:
-            await self.piece(wire.error_event(error), more=False)
-        else:
-            await self.respond(wire.status_of(error), wire.error(error), headers)
-
-
-def _too_large(limits: Limits) -> RequestError:
-    return RequestError(f"The body is larger than {limits.body_bytes:,} bytes.", code="body_too_large", status=413)
+PAGE = 50
+"""conversations or turns in one answer, unless `limit` says"""
+MOST = 500
+Handle = Callable[[Request, ApiKey | None], Awaitable[None]]
+OPEN = {"/healthz", "/readyz"}
+"""paths that need no key"""
 
 
 class Gateway:
-    """The application. Give it an open runtime; it closes it at shutdown."""
+    """The application. Give it an open runtime and a store; it closes both at shutdown."""
 
-    def __init__(self, runtime: Runtime, limits: Limits | None = None) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, store: Shielded, guard: Guard, editor: Editor, limits: Limits | None = None) -> None:
+        self.runtime, self.store, self.guard, self.editor = runtime, store, guard, editor
         self.limits = limits or Limits()
+        self.memory = Memory(store)
         self.metrics = Metrics()
-        self._active = 0
         self._created = int(time.time())
-        self._master: asyncio.Task[Any] | None = None
-        self._paths: dict[str, tuple[str, Callable[[Request], Awaitable[None]]]] = {
-            "/v1/chat/completions": ("POST", self._chat),
-            "/v1/models": ("GET", self._models),
-            "/v1/route": ("POST", self._route),
-            "/healthz": ("GET", self._health),
-            "/readyz": ("GET", self._ready),
-            "/metrics": ("GET", self._metrics),
+        self._master: asyncio.Task[None] | None = None
+        self._paths: dict[str, dict[str, Handle]] = {
+            "/v1/chat/completions": {"POST": self._chat},
+            "/v1/models": {"GET": self._models},
+            "/v1/route": {"POST": self._route},
+            "/v1/graph": {"GET": self._graph, "PUT": self._edit, "PATCH": self._edit},
+            "/v1/graph/undo": {"POST": self._edit},
+            "/v1/live": {"GET": self._live},
+            "/v1/history": {"GET": self._history},
+            "/v1/history/": {"GET": self._conversation, "DELETE": self._forget},
+            "/v1/cache": {"DELETE": self._purge},
+            "/healthz": {"GET": self._health},
+            "/readyz": {"GET": self._ready},
+            "/metrics": {"GET": self._metrics},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._http(Request(scope, receive, send, _id(scope), time.perf_counter()))
+            await self._http(Request(scope, receive, send))
         else:
             await send({"type": "websocket.close", "code": 1008})
 
@@ -154,6 +79,7 @@ class Gateway:
                     self._master.cancel()
                     await asyncio.gather(self._master, return_exceptions=True)
                 await self.runtime.close()
+                await self.store.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
@@ -164,152 +90,186 @@ class Gateway:
             LOG.error("The master cannot be loaded: %s", error.message)
 
     async def _http(self, request: Request) -> None:
-        path = request.scope["path"]
+        path = "/v1/history/" if request.path.startswith("/v1/history/") else request.path
         known = self._paths.get(path)
         try:
+            key = None if path in OPEN else await self.guard.enter(request)
             if known is None:
                 raise RequestError(f"There is no {path[:200]!r}. Valid: {', '.join(self._paths)}", code="not_found", status=404)
-            if request.scope["method"] != known[0]:
-                raise RequestError(f"{path} takes {known[0]}.", code="method_not_allowed", status=405)
-            await known[1](request)
+            if request.method not in known:
+                raise RequestError(f"{path} takes {', '.join(known)}.", code="method_not_allowed", status=405)
+            await known[request.method](request, key)
         except Gone:
             request.status = request.status or 499
         except LmgraphError as error:
-            await request.fail(error, AFTER.get(wire.status_of(error)))
+            await request.fail(error)
         except Exception:
             LOG.exception("request %s failed", request.id)
             await request.fail(LmgraphError("Internal error: this is a bug in lmgraph.", f"Its log has request {request.id}."))
         finally:
-            self.metrics.requests.labels(path if known else "other", request.status).inc()
+            self.metrics.requests[path if known else "other", str(request.status)] += 1
+            if LOG.isEnabledFor(logging.INFO):
+                LOG.info(_line(request, path if known else "other"))
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        if self._active >= self.limits.active:
-            raise RequestError(f"{self._active} answers are in the making; try again.", code="overloaded", status=429)
-        self._active += 1
-        self.metrics.active.set(self._active)
-        try:
-            yield
-        finally:
-            self._active -= 1
-            self.metrics.active.set(self._active)
+    def _place(self, key: ApiKey | None) -> Iterator[None]:
+        if self.metrics.active >= self.limits.active:
+            raise RequestError(f"{self.metrics.active} answers are in the making; try again.", code="overloaded", status=429)
+        with self.guard.place(key):
+            self.metrics.active += 1
+            try:
+                yield
+            finally:
+                self.metrics.active -= 1
 
-    async def _chat(self, request: Request) -> None:
+    # ------------------------------------------------------------ answers
+
+    async def _chat(self, request: Request, key: ApiKey | None) -> None:
+        await self.guard.spend(key)
         chat = wire.parse_chat(await request.body(self.limits), self.runtime.graph.nodes)
-        with self._place():
-            await _while_there(request.receive, self._answer(request, chat))
+        with self._place(key):
+            await request.while_there(self._answer(request, chat))
 
     async def _answer(self, request: Request, chat: wire.Chat) -> None:
-        decision: Decision | None = None
-        node = ""
+        forget = b"no-store" in request.headers.get(b"cache-control", b"").lower()
+        talk = await self.memory.recall(chat.ask, request.key, chat.conversation)
+        memory = None if forget else self.memory
+        if talk.ask.temperature != 0 or forget:
+            await Answering(self.metrics, request, chat, talk, memory, None).run(self.runtime)
+            return
+        async with self.memory.flight(cache_key(self.editor.version, talk.ask, request.key)) as flight:
+            self.metrics.cache["hit" if flight.kept else "miss",] += 1
+            await Answering(self.metrics, request, chat, talk, memory, flight).run(self.runtime)
 
-        def decided(made: Decision) -> None:
-            nonlocal decision
-            decision = made
-            self.metrics.decision.observe(time.perf_counter() - request.began)
-
-        def answering(name: str) -> None:
-            nonlocal node
-            node = name
-
-        stream = cast(AsyncGenerator[Delta, None], self.runtime.answer(chat.ask, decided, answering))
-        async with aclosing(stream):
-            delta = await anext(stream)  # what fails before the first piece is a plain HTTP error
-            self.metrics.first.observe(time.perf_counter() - request.began)
-            headers = [(b"x-lmgraph-node", node.encode()), (b"x-lmgraph-trace", request.id.encode())]
-            if decision is not None:
-                headers.append((b"x-lmgraph-probability", f"{decision.probability:.4f}".encode()))
-            writer = wire.Writer(f"chatcmpl-{request.id}", f"{wire.MODEL}/{node}", int(time.time()))
-            pieces: list[Delta] = []
-            if chat.stream:
-                await request.start(200, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-store"), *headers])
-            while not delta.done:
-                if not chat.stream:
-                    pieces.append(delta)
-                elif piece := writer.chunk(delta):
-                    await request.piece(piece)
-                delta = await anext(stream)
-        trace = delta.trace.to_json() if chat.trace and delta.trace else None
-        if chat.stream:
-            closing = writer.chunk(delta) + writer.end(delta, include_usage=chat.include_usage, trace=trace)
-            await request.piece(closing, more=False)
-        else:
-            await request.respond(200, writer.completion([*pieces, delta], trace), headers)
-        self._count(request, node, delta)
-
-    def _count(self, request: Request, node: str, last: Delta) -> None:
-        self.metrics.answers.labels(node).inc()
-        self.metrics.total.observe(time.perf_counter() - request.began)
-        for name, count in wire.usage_of(last).items():
-            if name != "total_tokens":
-                self.metrics.tokens.labels(node, name.removesuffix("_tokens")).inc(count)
-
-    async def _route(self, request: Request) -> None:
+    async def _route(self, request: Request, key: ApiKey | None) -> None:
+        await self.guard.spend(key)
         queries, batch = wire.parse_route(await request.body(self.limits))
-        with self._place():
-            decisions: list[Decision] = []
-            await _while_there(request.receive, self._decide(queries, decisions))
-        found = [d.to_json() for d in decisions]
-        await request.respond(200, json.dumps({"object": "list", "data": found} if batch else found[0]).encode())
+        with self._place(key):
+            found = [d.to_json() for d in await request.while_there(self.runtime.decide_all(queries))]
+        await request.say({"object": "list", "data": found} if batch else found[0])
 
-    async def _decide(self, queries: list[str], into: list[Decision]) -> None:
-        todo = iter(range(len(queries)))
-        made: dict[int, Decision] = {}
-
-        async def work() -> None:
-            for i in todo:  # one iterator for all: as many at a time as the engine has places
-                made[i] = await self.runtime.decide(queries[i])
-
-        tasks = [asyncio.create_task(work()) for _ in range(min(8, len(queries)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        into.extend(made[i] for i in range(len(queries)))
-
-    async def _models(self, request: Request) -> None:
+    async def _models(self, request: Request, key: ApiKey | None) -> None:
         nodes = {name: node.description for name, node in self.runtime.graph.nodes.items()}
         await request.respond(200, wire.models(nodes, self._created))
 
-    async def _health(self, request: Request) -> None:
+    # ------------------------------------------------------------ the graph
+
+    async def _graph(self, request: Request, key: ApiKey | None) -> None:
+        shown = self.editor.to_json() | {"editable": key is not None and key.admin}
+        await request.say(shown, [(b"etag", f'"{self.editor.version}"'.encode())])
+
+    async def _edit(self, request: Request, key: ApiKey | None) -> None:
+        self.guard.admin(key)
+        expected = request.headers.get(b"if-match")
+        seen = expected.decode("latin-1").strip('" ') if expected is not None else None
+        if request.method == "POST":
+            await self.editor.undo(seen)
+        else:
+            given = wire.load(await request.body(self.limits))
+            if request.method == "PATCH":
+                await self.editor.patch(given, seen)
+            elif given.keys() == {"graph"}:
+                await self.editor.put(given["graph"], seen)
+            else:
+                raise RequestError('Expected {"graph": {...}} in the form of GET /v1/graph.', param="graph")
+        LOG.warning("key %s changed the graph: version %s", request.key, self.editor.version)
+        await self._graph(request, key)
+
+    async def _live(self, request: Request, key: ApiKey | None) -> None:
+        states = self.runtime.states()
+        nodes = {name: vars(self.metrics.loads[name]) | {"replicas": states.get(name, [])} for name in self.runtime.graph.nodes}
+        await request.say({"version": self.editor.version, "nodes": nodes})
+
+    # ------------------------------------------------------------ memory
+
+    async def _history(self, request: Request, key: ApiKey | None) -> None:
+        query = request.query()
+        limit = _count(query.get("limit"))
+        if node := query.get("node"):
+            if not self.guard.sees_all(key):
+                self.guard.admin(key)
+            turns = await self.store.recent(node, limit)
+            await request.say({"object": "list", "data": [turn.to_json() for turn in turns]})
+            return
+        every = self.guard.sees_all(key)
+        if key is None and not every:
+            self.guard.admin(key)
+        before, found = _time(query.get("before")), []
+        mine = place(request.key, "")
+        while len(found) < limit:  # conversations of others are passed over
+            page = await self.store.conversations(MOST, before)
+            found += [c for c in page if every or c.id.startswith(mine)]
+            if len(page) < MOST:
+                break
+            before = page[-1].updated
+        shown = [c.to_json() | {"id": c.id if every else c.id.removeprefix(mine)} for c in found[:limit]]
+        await request.say({"object": "list", "data": shown})
+
+    async def _conversation(self, request: Request, key: ApiKey | None) -> None:
+        name = _named(request)
+        turns = await self.store.turns(self._own(name, key), MOST)
+        if not turns:
+            raise _no_conversation(name)
+        await request.say({"object": "conversation", "id": name, "data": [turn.to_json() for turn in turns]})
+
+    async def _forget(self, request: Request, key: ApiKey | None) -> None:
+        name = _named(request)
+        if not await self.store.forget(self._own(name, key)):
+            raise _no_conversation(name)
+        await request.say({"id": name, "deleted": True})
+
+    async def _purge(self, request: Request, key: ApiKey | None) -> None:
+        self.guard.admin(key)
+        await request.say({"purged": await self.store.purge()})
+
+    def _own(self, name: str, key: ApiKey | None) -> str:
+        """A conversation's name in the store; who sees all names it as the store does."""
+        if self.guard.sees_all(key):
+            return name
+        if "/" in name:
+            raise _no_conversation(name)
+        return place(key.id if key else "", name)
+
+    # ------------------------------------------------------------ health
+
+    async def _health(self, request: Request, key: ApiKey | None) -> None:
         await request.respond(200, b'{"status":"ok"}')
 
-    async def _ready(self, request: Request) -> None:
+    async def _ready(self, request: Request, key: ApiKey | None) -> None:
         loaded = self._master is not None and self._master.done() and self.runtime.loaded
-        state = {"status": "ready" if loaded else "not ready", "master": loaded, "nodes": self.runtime.states()}
-        await request.respond(200 if loaded else 503, json.dumps(state).encode())
+        state = {"status": "ready" if loaded else "not ready", "master": loaded, "store": self.store.healthy}
+        await request.say(state | {"nodes": self.runtime.states()}, status=200 if loaded else 503)
 
-    async def _metrics(self, request: Request) -> None:
+    async def _metrics(self, request: Request, key: ApiKey | None) -> None:
+        self.metrics.store_up, self.metrics.turns_dropped = self.store.healthy, self.store.dropped
         await request.respond(200, self.metrics.text(), kind=TYPE.encode())
 
 
-def _id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return uuid.uuid4().hex
+def _line(request: Request, path: str) -> str:
+    """A line of the log: what happened, and no word of what was said."""
+    said = {"id": request.id, "method": request.method, "path": path, "status": request.status, "node": request.node, "key": request.key}
+    return json.dumps(said | {"ms": round((time.perf_counter() - request.began) * 1000, 1)})
 
 
-async def _while_there(receive: Receive, work: Awaitable[None]) -> None:
-    """Await `work` as long as the client is there; cancel it and raise Gone when the client leaves."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(_left(receive))
-    leaving.add_done_callback(lambda done: done.cancelled() or task.cancel())
+def _count(given: str | None) -> int:
+    if given is None:
+        return PAGE
+    if not (given.isascii() and given.isdigit() and len(given) < 6 and 1 <= int(given) <= MOST):
+        raise RequestError(f"limit is {given[:40]!r}, expected a whole number from 1 to {MOST}.", param="limit")
+    return int(given)
+
+
+def _time(given: str | None) -> float | None:
     try:
-        await task
-    except asyncio.CancelledError:
-        if leaving.done() and not leaving.cancelled():
-            raise Gone from None
-        raise
-    finally:
-        leaving.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        return None if given is None else float(given)
+    except ValueError:
+        raise RequestError(f"before is {given!r:.40}, expected a time in seconds since 1970.", param="before") from None
 
 
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _named(request: Request) -> str:
+    """The conversation that a path names."""
+    return request.path.removeprefix("/v1/history/")
+
+
+def _no_conversation(name: str) -> RequestError:
+    return RequestError(f"There is no conversation {name[:200]!r}.", "List them: GET /v1/history", code="not_found", status=404)

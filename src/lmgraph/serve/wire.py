@@ -8,17 +8,19 @@ others travel on to the worker in `Ask.options`. It does not know whether a node
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmgraph.errors import AssetError, LmgraphError, MasterError, OutsideError, RequestError, WorkerTimeout
+from lmgraph.errors import AssetError, GraphError, LmgraphError, MasterError, OutsideError, RequestError, StoreError, WorkerTimeout
 from lmgraph.types import Ask, Delta, Message
 
 MODEL = "lmgraph"
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PARTS = {"text": "", "image_url": "image", "input_audio": "audio"}
 """type of a content part -> modality that a node must accept"""
+CONVERSATION = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_MESSAGES = 2048
 MAX_QUERIES = 1000
 """queries in one call of /v1/route"""
@@ -32,6 +34,10 @@ class Chat:
     stream: bool = False
     include_usage: bool = False
     trace: bool = False
+    conversation: str = ""
+    """the client's name for it, '' for none"""
+    progress: bool = False
+    """a stream that begins at once, with the decision as its first piece"""
 
 
 def load(body: bytes) -> dict[str, Any]:
@@ -43,7 +49,7 @@ def load(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise RequestError(f"The body is not JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise RequestError(f"The body is {_kind(value)}, expected an object.")
+        raise RequestError(f"The body is {kind_of(value)}, expected an object.")
     return value
 
 
@@ -54,35 +60,44 @@ def _no_constant(name: str) -> Any:
 def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
     """A body of POST /v1/chat/completions. Raises RequestError naming the field, what was found and what was expected."""
     given = load(body)
-    model = _take(given, "model", str, MODEL)
+    model = take(given, "model", str, MODEL)
     messages = given.pop("messages", None)
     if not isinstance(messages, list) or not messages:
-        raise RequestError(f"messages is {_kind(messages)}, expected a list with at least one message.", param="messages")
+        raise RequestError(f"messages is {kind_of(messages)}, expected a list with at least one message.", param="messages")
     if len(messages) > MAX_MESSAGES:
         raise RequestError(f"{len(messages):,} messages; at most {MAX_MESSAGES:,} are taken.", param="messages")
     needs: set[str] = set()
     turns = tuple(_message(m, f"messages[{i}]", needs) for i, m in enumerate(messages))
     if not any(m.role == "user" for m in turns):
         raise RequestError("There is no message with role user.", param="messages")
-    stream_options = _take(given, "stream_options", dict, {})
-    own = _take(given, MODEL, dict, {})
-    if not isinstance(own.get("trace", False), bool):
-        raise RequestError(f"lmgraph.trace is {_kind(own['trace'])}, expected true or false.", param="lmgraph.trace")
-    limit = _number(given, "max_completion_tokens", 1, 1_000_000, whole=True)
-    shorter = _number(given, "max_tokens", 1, 1_000_000, whole=True)
-    stream = _take(given, "stream", bool, False)
+    stream_options = take(given, "stream_options", dict, {})
+    own = dict(take(given, MODEL, dict, {}))
+    trace, progress = take(own, "trace", bool, False), take(own, "progress", bool, False)
+    conversation = conversation_of(take(own, "conversation", str, ""))
+    if own:
+        raise RequestError(f"lmgraph.{next(iter(own))!s:.40} is unknown; valid: trace, progress, conversation.", param=MODEL)
+    limit = number(given, "max_completion_tokens", 1, 1_000_000, whole=True)
+    shorter = number(given, "max_tokens", 1, 1_000_000, whole=True)
+    stream = take(given, "stream", bool, False)
     for name, low, high, whole in (("top_p", 0, 1, False), ("n", 1, 128, True)):
-        if (value := _number(given, name, low, high, whole=whole)) is not None and not (name == "n" and value == 1):
+        if (value := number(given, name, low, high, whole=whole)) is not None and not (name == "n" and value == 1):
             given[name] = value
     ask = Ask(
         turns,
         node=node_of(model, nodes),
         max_tokens=int(limit or shorter) if limit or shorter else None,
-        temperature=_number(given, "temperature", 0, 2),
+        temperature=number(given, "temperature", 0, 2),
         options={name: value for name, value in given.items() if value is not None},
         needs=frozenset(needs),
     )
-    return Chat(ask, stream, stream_options.get("include_usage") is True, own.get("trace", False))
+    return Chat(ask, stream, stream_options.get("include_usage") is True, trace, conversation, progress and stream)
+
+
+def conversation_of(name: str) -> str:
+    """A conversation's name as the client gives it ('' for none). Raises RequestError for one that is none."""
+    if name and not CONVERSATION.fullmatch(name):
+        raise RequestError("A conversation's name has up to 128 letters, digits and _ . : -", param="lmgraph.conversation")
+    return name
 
 
 def node_of(model: str, nodes: Collection[str]) -> str | None:
@@ -98,7 +113,7 @@ def node_of(model: str, nodes: Collection[str]) -> str | None:
 
 def _message(value: Any, where: str, needs: set[str]) -> Message:
     if not isinstance(value, dict):
-        raise RequestError(f"{where} is {_kind(value)}, expected an object.", param=where)
+        raise RequestError(f"{where} is {kind_of(value)}, expected an object.", param=where)
     role, content = value.get("role"), value.get("content")
     if role not in ROLES:
         raise RequestError(f"{where}.role is {str(role)[:40]!r}; valid: {', '.join(ROLES)}.", param=f"{where}.role")
@@ -110,12 +125,17 @@ def _message(value: Any, where: str, needs: set[str]) -> Message:
     elif isinstance(content, list):
         text, plain = _parts(content, f"{where}.content", needs), False
     else:
-        raise RequestError(f"{where}.content is {_kind(content)}, expected text or a list of parts.", param=f"{where}.content")
+        raise RequestError(f"{where}.content is {kind_of(content)}, expected text or a list of parts.", param=f"{where}.content")
+    return Message(role, characters(text, f"{where}.content"), None if plain else value)
+
+
+def characters(text: str, where: str) -> str:
+    """The text of field `where` as it is. Raises RequestError when it holds half of a surrogate pair, which no UTF-8 can."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"{where}.content holds half of a surrogate pair, which is no character.", param=f"{where}.content") from None
-    return Message(role, text, None if plain else value)
+        raise RequestError(f"{where} holds half of a surrogate pair, which is no character.", param=where) from None
+    return text
 
 
 def _parts(parts: Sequence[Any], where: str, needs: set[str]) -> str:
@@ -126,7 +146,7 @@ def _parts(parts: Sequence[Any], where: str, needs: set[str]) -> str:
             raise RequestError(f"{where}[{i}].type is {str(kind)[:40]!r}; valid: {', '.join(PARTS)}.", param=f"{where}[{i}]")
         if kind == "text":
             if not isinstance(part.get("text"), str):
-                raise RequestError(f"{where}[{i}].text is {_kind(part.get('text'))}, expected text.", param=f"{where}[{i}].text")
+                raise RequestError(f"{where}[{i}].text is {kind_of(part.get('text'))}, expected text.", param=f"{where}[{i}].text")
             texts.append(part["text"])
         else:
             needs.add(PARTS[kind])
@@ -146,29 +166,35 @@ def parse_route(body: bytes) -> tuple[list[str], bool]:
     return queries, batch
 
 
-def _take(given: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+def take(given: dict[str, Any], name: str, kind: type, default: Any, where: str = "") -> Any:
+    """Take field `name` out of `given`; `default` where it is missing or null. `where` stands before its name in an error.
+
+    Raises RequestError when it is not of `kind` (str, bool, dict or list).
+    """
     value = given.pop(name, None)
     if value is None:
         return default
     if not isinstance(value, kind):
-        words = {str: "text", bool: "true or false", dict: "an object"}[kind]
-        raise RequestError(f"{name} is {_kind(value)}, expected {words}.", param=name)
+        words = {str: "text", bool: "true or false", dict: "an object", list: "a list"}[kind]
+        raise RequestError(f"{where}{name} is {kind_of(value)}, expected {words}.", param=f"{where}{name}")
     return value
 
 
-def _number(given: dict[str, Any], name: str, low: float, high: float, *, whole: bool = False) -> Any:
+def number(given: dict[str, Any], name: str, low: float, high: float, *, whole: bool = False) -> Any:
+    """Take the number `name` out of `given`, None where it is missing or null. Raises RequestError outside low..high."""
     value = given.pop(name, None)
     if value is None:
         return None
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not right or not low <= value <= high:
-        found = str(value)[:40] if right else _kind(value)
+        found = str(value)[:40] if right else kind_of(value)
         kind = "a whole number" if whole else "a number"
         raise RequestError(f"{name} is {found}, expected {kind} from {low:,} to {high:,}.", param=name)
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
     if value is None:
         return "missing"
     return {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}[type(value)]
@@ -182,6 +208,10 @@ class Writer:
         self._chunk = "data: {" + self._start % ".chunk"
         self._text = self._chunk + '[{"index":0,"delta":{"content":'
         self._first = True
+
+    def decision(self, decision: Mapping[str, Any]) -> bytes:
+        """The decision as a piece of a stream, before any piece of the answer."""
+        return f'{self._chunk}[],"lmgraph":{{"decision":{_dump(decision)}}}}}\n\n'.encode()
 
     def chunk(self, delta: Delta) -> bytes:
         """A piece of a stream, as a server-sent event; b'' where there is nothing to say."""
@@ -283,6 +313,8 @@ def status_of(error: LmgraphError) -> int:
         return error.status
     if isinstance(error, WorkerTimeout):
         return 504
+    if isinstance(error, StoreError):
+        return 503
     if isinstance(error, OutsideError):
         return 502
     return 503 if isinstance(error, (AssetError, MasterError)) else 400
@@ -291,11 +323,14 @@ def status_of(error: LmgraphError) -> int:
 def error(failure: LmgraphError) -> bytes:
     """The error object of an HTTP answer."""
     status = status_of(failure)
-    kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+    kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
     message = f"{failure.message} {failure.hint}".strip()
-    return _dump({"error": {"message": message, "type": kind, "param": getattr(failure, "param", None), "code": failure.code}}).encode()
+    shown: dict[str, Any] = {"message": message, "type": kind, "param": getattr(failure, "param", None), "code": failure.code}
+    if isinstance(failure, GraphError):
+        shown["problems"] = list(failure.problems)
+    return _dump({"error": shown}).encode()
 
 
 def error_event(failure: LmgraphError) -> bytes:
@@ -303,5 +338,4 @@ def error_event(failure: LmgraphError) -> bytes:
     return b"data: " + error(failure) + b"\n\n"
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+_dump = json.JSONEncoder(separators=(",", ":")).encode

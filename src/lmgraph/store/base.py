@@ -98,6 +98,8 @@ class ApiKey:
     """requests a minute, None: no limit"""
     concurrent: int | None = None
     """requests at the same time, None: no limit"""
+    admin: bool = False
+    """may change the graph, empty the cache and read everybody's history"""
 
     def __post_init__(self) -> None:
         if self.rate_per_minute is not None and not 0 < self.rate_per_minute < math.inf:
@@ -106,10 +108,13 @@ class ApiKey:
             raise SettingsError(f"A key allows {self.concurrent} requests at the same time; expected 1 or more, or none for no limit.")
 
     @classmethod
-    def make(cls, name: str, *, rate_per_minute: float | None = None, concurrent: int | None = None) -> tuple[ApiKey, str]:
+    def make(
+        cls, name: str, *, rate_per_minute: float | None = None, concurrent: int | None = None, admin: bool = False
+    ) -> tuple[ApiKey, str]:
         """A new key and its secret, which is shown to its owner once and kept nowhere."""
         secret = f"lmg-{secrets.token_urlsafe(32)}"
-        key = cls(secrets.token_hex(6), plain(name), digest_of(secret), rate_per_minute=rate_per_minute, concurrent=concurrent)
+        limits = {"rate_per_minute": rate_per_minute, "concurrent": concurrent}
+        key = cls(secrets.token_hex(6), plain(name), digest_of(secret), **limits, admin=admin)
         return key, secret
 
     def to_json(self) -> dict[str, Any]:

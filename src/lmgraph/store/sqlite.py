@@ -16,7 +16,7 @@ from lmgraph.errors import StoreError
 from lmgraph.store.base import ApiKey, Buckets, Conversation, Turn, plain, read_turn, write_turn
 from lmgraph.store.sqlitefile import Desk, connect, explain, migrate
 
-KEY = "id, name, digest, created, revoked, rate_per_minute, concurrent"
+KEY = "id, name, digest, created, revoked, rate_per_minute, concurrent, admin"
 
 
 class SqliteStore:
@@ -119,8 +119,8 @@ class SqliteStore:
         """As `Store.add_key`."""
 
         def write(db: sqlite3.Connection) -> None:
-            row = (key.id, key.name, key.digest, key.created, key.revoked, key.rate_per_minute, key.concurrent)
-            if not db.execute(f"INSERT INTO keys ({KEY}) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
+            row = (key.id, key.name, key.digest, key.created, key.revoked, key.rate_per_minute, key.concurrent, key.admin)
+            if not db.execute(f"INSERT INTO keys ({KEY}) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
                 raise StoreError(f"The key {key.id} ({key.name}) or its secret is already in the store.", "Make a new one.")
 
         await self._writer.do(write)
@@ -128,11 +128,11 @@ class SqliteStore:
     async def key(self, digest: str) -> ApiKey | None:
         """As `Store.key`."""
         rows = await self._rows(f"SELECT {KEY} FROM keys WHERE digest = ? AND revoked IS NULL", digest)
-        return ApiKey(*rows[0]) if rows else None
+        return _key(rows[0]) if rows else None
 
     async def keys(self) -> list[ApiKey]:
         """As `Store.keys`."""
-        return [ApiKey(*row) for row in await self._rows(f"SELECT {KEY} FROM keys ORDER BY created, id")]
+        return [_key(row) for row in await self._rows(f"SELECT {KEY} FROM keys ORDER BY created, id")]
 
     async def revoke(self, id: str) -> bool:
         """As `Store.revoke`."""
@@ -155,3 +155,7 @@ class SqliteStore:
 
     async def _rows(self, sql: str, *values: Any) -> list[Any]:
         return await self._reader.do(lambda db: db.execute(sql, values).fetchall())
+
+
+def _key(row: Any) -> ApiKey:
+    return ApiKey(*row[:-1], admin=bool(row[-1]))

@@ -46,6 +46,7 @@ MIGRATIONS: list[tuple[str, ...]] = [  # only ever add at the end: `PRAGMA user_
         "CREATE TABLE pinged (at REAL NOT NULL)",
         "INSERT INTO pinged VALUES (0)",
     ),
+    ("ALTER TABLE keys ADD COLUMN admin INTEGER NOT NULL DEFAULT 0",),
 ]
 
 

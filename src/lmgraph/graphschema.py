@@ -1,0 +1,71 @@
+"""The JSON Schema of graph.yaml, for editors. Pure; what no schema can say is checked by graphfile and graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmgraph.graph import KINDS, MODALITIES, REWRITE, VERSION
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of graph.yaml, for editors; `loads` checks more than a schema can say."""
+    text, number = {"type": "string"}, {"type": "number"}
+    worker = {
+        "type": "object",
+        "required": ["kind"],
+        "additionalProperties": False,
+        "properties": {
+            "kind": {"enum": list(KINDS), "description": "embedded: llama.cpp in this process; openai: any OpenAI-compatible server"},
+            "model": {**text, "description": "catalogue name or GGUF file (embedded), model name (openai)"},
+            "system": {**text, "description": "system prompt put before every request"},
+            "urls": {"oneOf": [text, {"type": "array", "items": text}], "description": "base URLs of replicas, e.g. http://host:8000/v1"},
+            "key_env": {**text, "description": "environment variable that holds the API key"},
+            "timeout_s": {**number, "exclusiveMinimum": 0},
+            "retries": {"type": "integer", "minimum": 0, "maximum": 10},
+            "max_tokens": {"type": "integer", "minimum": 1},
+            "temperature": {**number, "minimum": 0, "maximum": 2},
+            "answers": {"type": "object", "description": "scripted only: request -> answer, '*' for any"},
+        },
+    }
+    node = {
+        "type": "object",
+        "required": ["token", "description", "worker"],
+        "additionalProperties": False,
+        "properties": {
+            "token": {"type": "integer", "minimum": 0, "description": "number of the functional token; never re-used for another node"},
+            "description": text,
+            "worker": worker,
+            "rewrite": {"enum": list(REWRITE)},
+            "threshold": {**number, "minimum": 0, "maximum": 1},
+            "accepts": {"oneOf": [text, {"type": "array", "items": {"enum": list(MODALITIES)}}]},
+            "fallback": {**text, "description": "node that takes over when this worker fails"},
+            "adapter": text,
+        },
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lmgraph graph",
+        "type": "object",
+        "required": ["version", "nodes", "edges"],
+        "additionalProperties": False,
+        "properties": {
+            "version": {"const": VERSION},
+            "master": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    "bundle": {**text, "description": "built-in bundle or folder"},
+                    "threshold": {**number, "minimum": 0, "maximum": 1},
+                    "fallback": {**text, "description": "node asked when the master's probability is below the threshold"},
+                    "margin": {
+                        **number,
+                        "minimum": 0,
+                        "maximum": 1,
+                        "description": "how much more probable another node must be to leave the one that a conversation is with",
+                    },
+                },
+            },
+            "nodes": {"type": "object", "additionalProperties": node, "propertyNames": {"pattern": "^[A-Za-z0-9_-]{1,64}$"}},
+            "edges": {"type": "object", "additionalProperties": {"oneOf": [text, {"type": "array", "items": text}]}},
+        },
+    }

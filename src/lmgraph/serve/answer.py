@@ -1,0 +1,155 @@
+"""One answer on its way: from an ask to the last piece, whole or streamed, new or out of the cache.
+
+It knows the order of things: nothing is sent before the first piece is there (so that a failure is a plain HTTP error), and the end
+is said only when the turn is kept. It knows no paths and no keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from lmgraph.errors import OutsideError
+from lmgraph.runtime import Runtime
+from lmgraph.serve import wire
+from lmgraph.serve.http import Headers, Request
+from lmgraph.serve.memory import Flight, Kept, Memory, Talk
+from lmgraph.serve.metrics import Metrics
+from lmgraph.types import Decision, Delta
+
+COUNTED = {"prompt_tokens": "prompt", "completion_tokens": "completion"}
+EVENTS = b"text/event-stream; charset=utf-8"
+
+
+class Answering:
+    """An ask and the client that waits for its answer. `memory` is None when nothing may be kept of it."""
+
+    def __init__(
+        self, metrics: Metrics, request: Request, chat: wire.Chat, talk: Talk, memory: Memory | None, flight: Flight | None
+    ) -> None:
+        self.metrics = metrics
+        self.request, self.chat, self.talk, self.memory, self.flight = request, chat, talk, memory, flight
+        self.kept = flight.kept if flight else None
+        self.node = ""
+        self.probability: float | None = None
+        self.decision: Decision | None = None
+        self._told = asyncio.Event() if chat.progress else None
+
+    async def run(self, runtime: Runtime) -> None:
+        """Answer. Raises what the runtime raises; what was sent until then is sent."""
+        metrics, loads, began = self.metrics, self.metrics.loads, self.request.began
+        if self.talk.ask.node and not self.kept:
+            self._at(self.talk.ask.node)
+        try:
+            stream = _replay(self.kept) if self.kept else runtime.answer(self.talk.ask, self._decided, self._at)
+            async with aclosing(stream):
+                first = await self._first(stream)
+                metrics.first.observe(time.perf_counter() - began)
+                await self._deliver(first, stream)
+        except OutsideError:
+            if self.node:
+                loads[self.node].failures += 1
+            raise
+        finally:
+            if self.node:
+                loads[self.node].active -= 1
+        if self.decision:
+            metrics.decision.observe(self.decision.tokenise_ms / 1e3 + self.decision.prefill_ms / 1e3 + self.decision.decode_ms / 1e3)
+        metrics.total.observe(time.perf_counter() - began)
+
+    def _at(self, node: str) -> None:
+        """The node that works on it now."""
+        if node != self.node:
+            if self.node:
+                self.metrics.loads[self.node].active -= 1
+            self.metrics.loads[node].active += 1
+            self.node = self.request.node = node
+
+    def _decided(self, decision: Decision) -> None:
+        self.decision, self.probability = decision, decision.probability
+        self._at(decision.node)
+        if self._told:
+            self._told.set()
+
+    async def _first(self, stream: AsyncGenerator[Delta, None]) -> Delta:
+        """The first piece. A client that wants to watch gets the stream's beginning and the decision while it waits."""
+        if self.kept:
+            self._at(self.kept.node)
+            self.probability = self.kept.probability
+        if self._told is None or self.kept:
+            return await anext(stream)
+        await self.request.start(200, EVENTS, self._headers())
+        piece, told = asyncio.ensure_future(anext(stream)), asyncio.create_task(self._told.wait())
+        try:
+            await asyncio.wait({piece, told}, return_when=asyncio.FIRST_COMPLETED)
+            if self.decision:
+                await self.request.piece(self._writer(wire.MODEL).decision(self.decision.to_json()))
+            return await piece
+        finally:
+            for task in (piece, told):
+                task.cancel()
+            await asyncio.gather(piece, told, return_exceptions=True)
+
+    async def _deliver(self, delta: Delta, stream: AsyncGenerator[Delta, None]) -> None:
+        request, chat = self.request, self.chat
+        writer = self._writer(f"{wire.MODEL}/{self.node}")
+        pieces: list[Delta] = []
+        text: list[str] = []
+        plain = True
+        if chat.stream and not request.status:
+            await request.start(200, EVENTS, [(b"cache-control", b"no-store"), *self._headers()])
+        while not delta.done:
+            if not chat.stream:
+                pieces.append(delta)
+            elif piece := writer.chunk(delta):
+                await request.piece(piece)
+            text.append(delta.text)
+            plain = plain and not delta.choices
+            delta = await anext(stream)
+        trace = await self._keep(delta, "".join(text), plain)
+        shown = trace if chat.trace else None
+        if chat.stream:
+            await request.piece(writer.chunk(delta) + writer.end(delta, include_usage=chat.include_usage, trace=shown), more=False)
+        else:
+            await request.respond(200, writer.completion([*pieces, delta], shown), self._headers())
+
+    async def _keep(self, last: Delta, text: str, plain: bool) -> Mapping[str, Any]:
+        """Keep the turn and the answer; the trace as it is shown."""
+        trace: Mapping[str, Any] = last.trace.to_json() if last.trace else {**(self.kept.trace if self.kept else {}), "cache": True}
+        for step in last.trace.steps if last.trace else ():
+            self.metrics.loads[step.node].failures += bool(step.error)
+        self.metrics.loads[self.node].answers += 1
+        self.metrics.answers[self.node,] += 1
+        for kind, count in last.usage.items():
+            if kind in COUNTED and not self.kept:
+                self.metrics.tokens[self.node, COUNTED[kind]] += count
+        if self.flight and not self.kept and plain and last.finish in ("stop", "length"):
+            self.flight.land(Kept(self.node, text, last.finish, dict(last.usage), self.probability, trace))
+        if self.memory:
+            await self.memory.remember(self.talk, text, self.node, trace)
+        return trace
+
+    def _headers(self) -> Headers:
+        headers = [(b"x-lmgraph-trace", self.request.id.encode())]
+        if self.node:
+            headers.append((b"x-lmgraph-node", self.node.encode()))
+        if self.probability is not None:
+            headers.append((b"x-lmgraph-probability", f"{self.probability:.4f}".encode()))
+        if self.chat.conversation:
+            headers.append((b"x-lmgraph-conversation", self.chat.conversation.encode()))
+        if self.flight:
+            headers.append((b"x-lmgraph-cache", b"hit" if self.kept else b"miss"))
+        return headers
+
+    def _writer(self, model: str) -> wire.Writer:
+        return wire.Writer(f"chatcmpl-{self.request.id}", model, int(time.time()))
+
+
+async def _replay(kept: Kept) -> AsyncGenerator[Delta, None]:
+    """A kept answer as a stream."""
+    if kept.text:
+        yield Delta(kept.text)
+    yield Delta(done=True, finish=kept.finish, usage=kept.usage)
