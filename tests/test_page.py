@@ -12,12 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import sync_playwright
 
-from conftest import WORDS, toy_queries
+from conftest import WORDS, serving, toy_queries
 from lmgraph.serve import page as files
-from test_serve import serving
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 BROWSER = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 PATIENCE_MS = 120_000
@@ -34,15 +33,14 @@ def gateway(toy_master: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     graph = f"version: 1\nmaster: {{bundle: {toy_master}}}\nnodes:\n{nodes}\nedges: {{start: ['*'], math: [law, end]}}\n"
     made = subprocess.run([sys.executable, "-m", "lmgraph", "keys", "create", "tester", "--admin", "--json", "--store", STORE],
                           cwd=folder, capture_output=True, text=True, check=True)
-    with serving(graph, folder, "--store", STORE) as address:
+    with serving(graph, folder, store=STORE) as address:
         yield address, json.loads(made.stdout)["secret"]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if not BROWSER:
-        pytest.skip("apt-get install chromium")
-    with playwright.sync_playwright() as started:
+    assert BROWSER, "chromium is missing, and these tests need a real browser: apt-get install chromium"
+    with sync_playwright() as started:
         found = started.chromium.launch(executable_path=BROWSER, args=FLAGS)
         yield found
         found.close()
