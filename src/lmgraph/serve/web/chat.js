@@ -32,14 +32,18 @@ export class Chat {
       } else if (event.key === "Escape") this.stop();
     });
     find("stop").addEventListener("click", () => this.stop());
-    this.fresh();
+    this.#clear();
   }
 
   /** A new, empty conversation. */
   fresh() {
     this.stop();
-    this.id = crypto.randomUUID();
     sessionStorage.removeItem(CURRENT);
+    this.#clear();
+  }
+
+  #clear() {
+    this.id = crypto.randomUUID();
     this.log.replaceChildren(make("p", { class: "empty" }, "Ask a question. The master names the expert with one token, rewrites the question for it, and the expert answers."));
     this.listener.lit("");
     this.listener.status("No question yet.");

@@ -82,7 +82,7 @@ export class Editor {
       return make("label", { for: `mode-${mode}` }, radio, make("span", {}, text));
     }));
     this.problem = make("div", { class: "problem", role: "alert", hidden: true, id: "editor-problem" });
-    this.done = make("p", { class: "quiet", role: "status", id: "editor-done" }, `Version ${version}`${editable ? "" : ". To change it, give an administrator's key with the button Key."}`);
+    this.done = make("p", { class: "quiet", role: "status", id: "editor-done" }, `Version ${version}${editable ? "" : ". To change it, give an administrator's key with the button Key."}`);
     this.send = make("button", { type: "submit", class: "main", id: "editor-apply" }, "Apply");
     const undo = button("Undo the last change", () => this.#try(() => api.undoGraph(this.current().version)), { id: "editor-undo" });
     const body = { node: () => this.#nodeForm(), edges: () => this.#edgeForm(), json: () => this.#jsonForm() }[this.mode]();
@@ -211,6 +211,7 @@ export class Editor {
 
   async #try(work) {
     say(this.problem, "");
+    this.done.textContent = "";
     this.send.disabled = true;
     try {
       const answer = await work();
