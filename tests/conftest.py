@@ -99,12 +99,19 @@ def say(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 
 
+class Address(str):
+    """Where a gateway listens (http://host:port), and its process."""
+
+    process: subprocess.Popen[str]
+
+
 @contextmanager
-def serving(graph: str, folder: Path, *arguments: str, store: str = "sqlite://") -> Iterator[str]:
+def serving(graph: str, folder: Path, *arguments: str, store: str = "sqlite://") -> Iterator[Address]:
     """Address of a gateway of its own, ready to answer; it must end by itself, without a traceback, when it is told to."""
     (folder / "graph.yaml").write_text(graph)
     command = [sys.executable, "-m", "lmgraph", "serve", "graph.yaml", "--port", "0", *arguments]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1", "LMGRAPH_STORE": store}) as process:
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "LMGRAPH_STORE": store}
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr
             first = process.stderr.readline()
@@ -113,7 +120,9 @@ def serving(graph: str, folder: Path, *arguments: str, store: str = "sqlite://")
             with httpx.Client(base_url=address.group()) as client:
                 while client.get("/readyz").status_code != 200:
                     assert process.poll() is None, process.stderr.read()
-            yield address.group()
+            found = Address(address.group())
+            found.process = process
+            yield found
         finally:
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=60)

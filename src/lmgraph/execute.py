@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
 from typing import Any
 
 from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerTimeout
@@ -48,8 +47,14 @@ async def run(
             try:
                 worker = await open_worker(candidate)
                 limit = max_tokens or candidate.worker.max_tokens
-                async with aclosing(_timed(worker, messages, limit, temperature, options, candidate.worker.timeout_s)) as deltas:
-                    async for delta in deltas:
+                stream = worker.stream(messages, max_tokens=limit, temperature=temperature, options=options)
+                patience = _Patience(candidate.worker.timeout_s)
+                try:
+                    while True:
+                        with patience:
+                            delta = await anext(stream, None)
+                        if delta is None:
+                            raise WorkerError(f"The worker of node {candidate.name!r} ended its answer without saying so.")
                         if not text and answering:
                             answering(candidate.name)
                         if delta.done:
@@ -62,7 +67,11 @@ async def run(
                         first = first or (time.perf_counter() - began) * 1000
                         text.append(delta.text)
                         yield delta
-                raise WorkerError(f"The worker of node {candidate.name!r} ended its answer without saying so.")
+                finally:
+                    patience.end()
+                    close = getattr(stream, "aclose", None)
+                    if close is not None:
+                        await close()
             except OutsideError as error:
                 last = error
                 took = (time.perf_counter() - began) * 1000
@@ -77,32 +86,6 @@ async def run(
     assert last is not None
     tried = ", ".join(f"{s.node}: {s.error}" for s in steps)
     raise type(last)(f"No worker could answer ({tried})", last.hint)
-
-
-async def _timed(
-    worker: Worker,
-    messages: Sequence[Message],
-    max_tokens: int,
-    temperature: float | None,
-    options: Mapping[str, Any] | None,
-    timeout_s: float,
-) -> AsyncGenerator[Delta, None]:
-    """The worker's stream; each piece must come within `timeout_s` of being asked for."""
-    stream = worker.stream(messages, max_tokens=max_tokens, temperature=temperature, options=options)
-    patience = _Patience(timeout_s)
-    try:
-        while True:
-            try:
-                with patience:
-                    delta = await anext(stream)
-            except StopAsyncIteration:
-                return
-            yield delta
-    finally:
-        patience.end()
-        close = getattr(stream, "aclose", None)
-        if close is not None:
-            await close()
 
 
 class _Patience:

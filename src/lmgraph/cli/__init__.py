@@ -18,7 +18,7 @@ from lmgraph.errors import LmgraphError, UserError
 COMMANDS = {
     "ask": ("run", "Ask a question: decision, rewritten query, streamed answer."),
     "route": ("run", "Only decide: one query, or a JSON Lines file or stdin."),
-    "chat": ("run", "Talk in the terminal; every turn is routed anew."),
+    "chat": ("run", "Talk in the terminal, with the whole graph."),
     "serve": ("serving", "Serve the graph as one OpenAI-compatible endpoint."),
     "keys": ("keeping", "Make, list and revoke the gateway's API keys."),
     "cache": ("keeping", "Look after the gateway's cache of answers."),

@@ -235,7 +235,7 @@ async def _in_order(master: Any, rows: list[dict[str, Any]], rewriting: bool | N
 @PROFILE
 @click.option("--node", help="skip the master: talk to this node")
 def chat(path: Path | None, profile: str | None, node: str | None) -> None:
-    """Talk in the terminal. Every turn is routed anew; the conversation goes along. Ctrl-D or /exit ends, /new starts over."""
+    """Talk in the terminal. A turn stays with its node unless it clearly belongs elsewhere. Ctrl-D or /exit ends, /new starts over."""
     asyncio.run(_chat(path, profile, node))
 
 
@@ -246,6 +246,7 @@ async def _chat(path: Path | None, profile: str | None, node: str | None) -> Non
     from lmgraph.types import Ask, Decision, Message
 
     messages: list[Message] = []
+    stay = ""
     with Bars() as bars:
         async with Runtime.open(settings(profile=profile), path, bars) as runtime:
             vocabulary = (await runtime.master()).vocabulary
@@ -267,14 +268,15 @@ async def _chat(path: Path | None, profile: str | None, node: str | None) -> Non
                 if line in ("/exit", "/quit"):
                     return
                 if line == "/new":
-                    messages = []
+                    messages, stay = [], ""
                     continue
                 if not line:
                     continue
                 answer = ""
                 try:
-                    async for delta in runtime.answer(Ask((*messages, Message("user", line)), node), decided):
+                    async for delta in runtime.answer(Ask((*messages, Message("user", line)), node, stay=stay), decided):
                         answer += delta.text
+                        stay = delta.trace.steps[-1].node if delta.trace else stay
                         bars.stop()
                         out(delta.text)
                     out("\n")

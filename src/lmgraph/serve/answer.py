@@ -36,7 +36,7 @@ class Answering:
         self.node = ""
         self.probability: float | None = None
         self.decision: Decision | None = None
-        self._told = asyncio.Event()
+        self._told = asyncio.Event() if chat.progress else None
 
     async def run(self, runtime: Runtime) -> None:
         """Answer. Raises what the runtime raises; what was sent until then is sent."""
@@ -71,14 +71,15 @@ class Answering:
     def _decided(self, decision: Decision) -> None:
         self.decision, self.probability = decision, decision.probability
         self._at(decision.node)
-        self._told.set()
+        if self._told:
+            self._told.set()
 
     async def _first(self, stream: AsyncGenerator[Delta, None]) -> Delta:
         """The first piece. A client that wants to watch gets the stream's beginning and the decision while it waits."""
         if self.kept:
             self._at(self.kept.node)
             self.probability = self.kept.probability
-        if not self.chat.progress or self.kept:
+        if self._told is None or self.kept:
             return await anext(stream)
         await self.request.start(200, EVENTS, self._headers())
         piece, told = asyncio.ensure_future(anext(stream)), asyncio.create_task(self._told.wait())
@@ -121,10 +122,10 @@ class Answering:
         for step in last.trace.steps if last.trace else ():
             self.metrics.loads[step.node].failures += bool(step.error)
         self.metrics.loads[self.node].answers += 1
-        self.metrics.answers.labels(self.node).inc()
+        self.metrics.answers[self.node,] += 1
         for kind, count in last.usage.items():
             if kind in COUNTED and not self.kept:
-                self.metrics.tokens.labels(self.node, COUNTED[kind]).inc(count)
+                self.metrics.tokens[self.node, COUNTED[kind]] += count
         if self.flight and not self.kept and plain and last.finish in ("stop", "length"):
             self.flight.land(Kept(self.node, text, last.finish, dict(last.usage), self.probability, trace))
         if self.memory:

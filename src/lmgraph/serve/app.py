@@ -43,7 +43,6 @@ class Gateway:
         self.limits = limits or Limits()
         self.memory = Memory(store)
         self.metrics = Metrics()
-        self._active = 0
         self._created = int(time.time())
         self._master: asyncio.Task[None] | None = None
         self._paths: dict[str, dict[str, Handle]] = {
@@ -108,22 +107,20 @@ class Gateway:
             LOG.exception("request %s failed", request.id)
             await request.fail(LmgraphError("Internal error: this is a bug in lmgraph.", f"Its log has request {request.id}."))
         finally:
-            self.metrics.requests.labels(path if known else "other", request.status).inc()
+            self.metrics.requests[path if known else "other", str(request.status)] += 1
             if LOG.isEnabledFor(logging.INFO):
                 LOG.info(_line(request, path if known else "other"))
 
     @contextmanager
     def _place(self, key: ApiKey | None) -> Iterator[None]:
-        if self._active >= self.limits.active:
-            raise RequestError(f"{self._active} answers are in the making; try again.", code="overloaded", status=429)
+        if self.metrics.active >= self.limits.active:
+            raise RequestError(f"{self.metrics.active} answers are in the making; try again.", code="overloaded", status=429)
         with self.guard.place(key):
-            self._active += 1
-            self.metrics.active.set(self._active)
+            self.metrics.active += 1
             try:
                 yield
             finally:
-                self._active -= 1
-                self.metrics.active.set(self._active)
+                self.metrics.active -= 1
 
     # ------------------------------------------------------------ answers
 
@@ -141,7 +138,7 @@ class Gateway:
             await Answering(self.metrics, request, chat, talk, memory, None).run(self.runtime)
             return
         async with self.memory.flight(cache_key(self.editor.version, talk.ask, request.key)) as flight:
-            self.metrics.cache.labels("hit" if flight.kept else "miss").inc()
+            self.metrics.cache["hit" if flight.kept else "miss",] += 1
             await Answering(self.metrics, request, chat, talk, memory, flight).run(self.runtime)
 
     async def _route(self, request: Request, key: ApiKey | None) -> None:
@@ -244,8 +241,7 @@ class Gateway:
         await request.say(state | {"nodes": self.runtime.states()}, status=200 if loaded else 503)
 
     async def _metrics(self, request: Request, key: ApiKey | None) -> None:
-        self.metrics.store.set(self.store.healthy)
-        self.metrics.dropped.set(self.store.dropped)
+        self.metrics.store_up, self.metrics.turns_dropped = self.store.healthy, self.store.dropped
         await request.respond(200, self.metrics.text(), kind=TYPE.encode())
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -27,6 +27,8 @@ Headers = list[tuple[bytes, bytes]]
 
 AFTER: dict[int, Headers] = {408: [(b"connection", b"close")], 413: [(b"connection", b"close")], 401: [(b"www-authenticate", b"Bearer")]}
 """status -> headers: a client that is still sending is cut off, or its body would be read to its end"""
+WATCH_S = 0.1
+"""seconds until a client is watched for leaving"""
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
@@ -56,7 +58,7 @@ class Request:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"")
-        self.id = given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.id = given.decode() if REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         self.began = time.perf_counter()
         self.status = 0
         self.key = ""
@@ -128,21 +130,31 @@ class Request:
         await self.respond(status, wire.error(error), headers)
 
     async def while_there(self, work: Awaitable[T]) -> T:
-        """What `work` returns, awaited as long as the client is there. Cancels it and raises Gone when the client leaves."""
-        task = asyncio.ensure_future(work)
-        leaving = asyncio.create_task(self._left())
-        leaving.add_done_callback(lambda done: done.cancelled() or task.cancel())
+        """What `work` returns, awaited as long as the client is there. Cancels it and raises Gone when the client leaves.
+
+        The first look comes after WATCH_S: most answers are over by then, and a task for each of them would cost more than it saves.
+        """
+        task = asyncio.current_task()
+        leaving: asyncio.Task[None] | None = None
+
+        def watch() -> None:
+            nonlocal leaving
+            leaving = asyncio.create_task(self._left())
+            leaving.add_done_callback(lambda done: done.cancelled() or (task and task.cancel()))
+
+        timer = asyncio.get_running_loop().call_later(WATCH_S, watch)
         try:
-            return await task
+            return await work
         except asyncio.CancelledError:
-            if leaving.done() and not leaving.cancelled():
+            if leaving is not None and leaving.done() and not leaving.cancelled():
+                if task is not None and hasattr(task, "uncancel"):  # Python 3.11: it is we who cancelled
+                    task.uncancel()
                 raise Gone from None
             raise
         finally:
-            leaving.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            timer.cancel()
+            if leaving is not None:
+                leaving.cancel()
 
     async def _left(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":

@@ -1,14 +1,32 @@
-"""What the gateway counts, for Prometheus. The one home of its client; one registry a gateway, so that two in a process do not mix."""
+"""What the gateway counts, for Prometheus. The one home of its client; one registry a gateway, so that two in a process do not mix.
+
+The gateway runs on one thread, so counters are plain numbers; the client library's own, with a lock each, cost a tenth of a request.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+COUNTERS = {
+    "requests": ("Requests by path and HTTP status", ("path", "status")),
+    "answers": ("Answers by the node that gave them", ("node",)),
+    "tokens": ("Tokens that workers counted", ("node", "kind")),
+    "cache": ("Answers that might come from the cache: hit or miss", ("result",)),
+}
+GAUGES = {
+    "active": "Answers in the making",
+    "store_up": "1: the store works, 0: answers go on without it",
+    "turns_dropped": "Turns that were not kept because the store was down",
+}
 
 
 @dataclass
@@ -28,28 +46,36 @@ class Loads(dict[str, Load]):
         return made
 
 
-class Metrics:
+class Metrics(Collector):
     """Counters and histograms of one gateway. Times are in seconds, as Prometheus wants them."""
 
     def __init__(self) -> None:
         self.loads = Loads()
+        self.requests: Counter[tuple[str, ...]] = Counter()
+        self.answers: Counter[tuple[str, ...]] = Counter()
+        self.tokens: Counter[tuple[str, ...]] = Counter()
+        self.cache: Counter[tuple[str, ...]] = Counter()
+        self.active = 0
+        self.store_up = True
+        self.turns_dropped = 0
         self._registry = CollectorRegistry()
-        self.requests = Counter("lmgraph_requests", "Requests by path and HTTP status", ["path", "status"], registry=self._registry)
-        self.answers = Counter("lmgraph_answers", "Answers by the node that gave them", ["node"], registry=self._registry)
-        self.tokens = Counter("lmgraph_tokens", "Tokens that workers counted", ["node", "kind"], registry=self._registry)
-        self.active = Gauge("lmgraph_active", "Answers in the making", registry=self._registry)
-        self.cache = Counter("lmgraph_cache", "Answers that might come from the cache: hit or miss", ["result"], registry=self._registry)
-        self.store = Gauge("lmgraph_store_up", "1: the store works, 0: answers go on without it", registry=self._registry)
-        self.dropped = Gauge("lmgraph_turns_dropped", "Turns that were not kept because the store was down", registry=self._registry)
-        self.decision = Histogram(
-            "lmgraph_decision_seconds", "Choosing a node and rewriting the query", buckets=SECONDS, registry=self._registry
-        )
-        self.first = Histogram(
-            "lmgraph_first_piece_seconds", "From the request to the first piece of the answer", buckets=SECONDS, registry=self._registry
-        )
-        self.total = Histogram(
-            "lmgraph_answer_seconds", "From the request to the end of the answer", buckets=SECONDS, registry=self._registry
-        )
+        self._registry.register(self)
+        self.decision = self._histogram("decision", "Choosing a node and rewriting the query")
+        self.first = self._histogram("first_piece", "From the request to the first piece of the answer")
+        self.total = self._histogram("answer", "From the request to the end of the answer")
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lmgraph_{name}_seconds", text, buckets=SECONDS, registry=self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """The counters as the client library wants them."""
+        for name, (text, labels) in COUNTERS.items():
+            family = CounterMetricFamily(f"lmgraph_{name}", text, labels=labels)
+            for values, count in getattr(self, name).items():
+                family.add_metric(values, count)
+            yield family
+        for name, text in GAUGES.items():
+            yield GaugeMetricFamily(f"lmgraph_{name}", text, value=float(getattr(self, name)))
 
     def text(self) -> bytes:
         """The page of GET /metrics."""

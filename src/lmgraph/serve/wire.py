@@ -338,5 +338,4 @@ def error_event(failure: LmgraphError) -> bytes:
     return b"data: " + error(failure) + b"\n\n"
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+_dump = json.JSONEncoder(separators=(",", ":")).encode

@@ -15,6 +15,7 @@ from lmgraph.types import Delta
 
 LINE_LIMIT, BODY_LIMIT = 1 << 20, 16 << 20
 """bytes of one line (and of one event), bytes of an answer that is not streamed; a server that sends more is refused"""
+CONTENT = b'"content":"'
 PLAIN_CHOICE, PLAIN_DELTA = frozenset({"index", "delta", "finish_reason"}), frozenset({"role", "content"})
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 """NaN and the like are no JSON, but servers send them as log-probabilities"""
@@ -29,7 +30,7 @@ class Refusal(WorkerError):
 class Reading:
     """One answer: `feed` it bytes until it is `over`, or `end` it where the body ends; `last` is its last piece. Raises WorkerError.
 
-    Pieces come as early as they can: an event does not wait for the blank line behind it.
+    Pieces come as early as they can: an event does not wait for the blank line behind it. Texts that came together are one piece.
     """
 
     def __init__(self, url: str) -> None:
@@ -46,6 +47,8 @@ class Reading:
         """the event is called `error`"""
         self._finish = ""
         self._usage: dict[str, int] = {}
+        self._ends: tuple[bytes, bytes] | None = None
+        """what stood before and behind the text of the last chunk that was nothing but text"""
         self._others: dict[int, bool] = {}
         """choices after the first one -> finished"""
 
@@ -63,12 +66,25 @@ class Reading:
             return
         *lines, rest = (bytes(self._rest) + chunk if self._rest else chunk).split(b"\n")
         self._rest = bytearray(rest)
-        for line in lines:
-            delta = self._take(line)
-            if delta is not None:
-                yield delta
-            if self.over:
-                return
+        texts: list[str] = []
+        try:
+            for line in lines:
+                delta = self._take(line)
+                if delta is not None and not delta.choices:
+                    texts.append(delta.text)
+                elif delta is not None:
+                    if texts:
+                        yield Delta("".join(texts))
+                        texts = []
+                    yield delta
+                if self.over:
+                    break
+        except WorkerError:
+            if texts:
+                yield Delta("".join(texts))
+            raise
+        if texts:
+            yield Delta("".join(texts))
 
     def end(self) -> Iterator[Delta]:
         """The pieces that the end of the body completes."""
@@ -95,12 +111,17 @@ class Reading:
             if not self._data:
                 if not data:
                     return None
+                text = self._same(data)
+                if text is not None:
+                    return Delta(text)
                 try:
                     event = _parse(data)
                 except ValueError:
                     pass  # garbage, or the first line of several: the blank line will show
                 else:
-                    return self._fold(event)
+                    delta = self._fold(event)
+                    self._ends = _ends(data, delta)
+                    return delta
             self._data.append(data)
             self._size += len(data) + 1
             if self._size > LINE_LIMIT:
@@ -119,6 +140,21 @@ class Reading:
         elif not name.isalpha():
             raise WorkerError(f"{self._url} sent something that is not an event: {line[:100].decode(errors='replace')!r}")
         return None
+
+    def _same(self, data: bytes) -> str | None:
+        """The text of a chunk that differs from the one before in nothing but its text, without parsing it; None for any other."""
+        if self._ends is None or self._failing:
+            return None
+        before, behind = self._ends
+        if not (data.startswith(before) and data.endswith(behind) and len(data) > len(before) + len(behind)):
+            return None
+        text = data[len(before) : -len(behind)]
+        if b'"' in text or b"\\" in text:
+            return None
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            return None
 
     def _flush(self) -> Delta | None:
         """The event of the data lines so far."""
@@ -177,6 +213,15 @@ def refusal(opening: str, error: Any, status: int = 0) -> Refusal:
 def _more(found: Mapping[str, Any], plain: frozenset[str]) -> bool:
     """Whether anything besides `plain` is said (null, [] and 0 say nothing)."""
     return not found.keys() <= plain and any(found[name] for name in found.keys() - plain)
+
+
+def _ends(data: bytes, delta: Delta | None) -> tuple[bytes, bytes] | None:
+    """What stands before and behind the text of a chunk, where that is all it holds and can be told apart."""
+    if delta is None or delta.choices or data.count(CONTENT) != 1:
+        return None
+    start = data.index(CONTENT) + len(CONTENT)
+    end = data.find(b'"', start)
+    return (data[:start], data[end:]) if data[start:end] == delta.text.encode() else None
 
 
 def _chunk(completion: Any) -> Any:
