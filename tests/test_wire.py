@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmgraph.errors import RequestError
+from lmgraph.errors import LmgraphError, MasterError, QueryError, RequestError, StoreError, WorkerError, WorkerTimeout
 from lmgraph.serve import wire
 from lmgraph.types import Delta
 
 anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
                         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12)
 FIELDS = ("model", "messages", "stream", "stream_options", "temperature", "max_tokens", "n", "top_p", "lmgraph", "tools")
-message = st.fixed_dictionaries({"role": st.sampled_from(wire.ROLES) | anything, "content": st.text(max_size=9) | anything})
+part = st.fixed_dictionaries({"type": st.sampled_from(tuple(wire.PARTS)) | anything}, optional={"text": anything, "image_url": anything})
+content = st.text(max_size=9) | st.lists(part | anything, max_size=3) | anything
+message = st.fixed_dictionaries({"role": st.sampled_from(wire.ROLES) | anything, "content": content})
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), anything, max_size=6), st.none() | st.lists(message, max_size=4))
@@ -38,6 +40,23 @@ def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
         assert isinstance(wire.load(body), dict)
     except RequestError as error:
         assert error.status == 400
+
+
+@pytest.mark.parametrize("kind", [["text"], {"text": 1}, None, 3, "video"])
+def test_a_part_of_no_known_type_is_refused(kind: Any) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": kind}]}]}
+    with pytest.raises(RequestError, match="valid: text, image_url") as caught:
+        wire.parse_chat(json.dumps(body).encode(), ["law"])
+    assert caught.value.param == "messages[0].content[0]"
+
+
+@pytest.mark.parametrize(("failure", "status"), [
+    (LmgraphError("a bug"), 500), (RequestError("x", status=409), 409), (QueryError("x"), 400), (MasterError("x"), 503), (StoreError("x"), 503),
+    (WorkerTimeout("x"), 504), (WorkerError("x"), 502),
+])
+def test_a_status_says_whose_fault_it_is(failure: LmgraphError, status: int) -> None:
+    assert wire.status_of(failure) == status
+    assert json.loads(wire.error(failure))["error"]["type"] == ("server_error" if status >= 500 else "invalid_request_error")
 
 
 def events(stream: bytes) -> list[dict[str, Any]]:

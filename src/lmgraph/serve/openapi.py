@@ -65,10 +65,11 @@ def document(version: str, nodes: Sequence[str]) -> dict[str, Any]:
 
 def _answers() -> dict[str, Any]:
     shown = ("x-lmgraph-node", "x-lmgraph-probability", "x-lmgraph-trace", "x-lmgraph-conversation", "x-lmgraph-cache")
+    event = {**_object({"event": TEXT}, data=TEXT), "description": "one event of the stream; its data is JSON, or [DONE]"}
     chat = _reply("The answer: whole, or with `stream` as chunks that end with [DONE].", _ref("ChatCompletion"), shown)
-    chat["content"][EVENTS] = {"schema": TEXT}
+    chat["content"][EVENTS] = {"schema": event}
     response = _reply("The response: whole, or with `stream` as its events.", _ref("Response"), shown)
-    response["content"][EVENTS] = {"schema": TEXT}
+    response["content"][EVENTS] = {"schema": event}
     decided = _reply("One decision, or one for each query.", {"oneOf": [_ref("Decision"), _ref("DecisionList")]})
     return {
         "/v1/chat/completions": {"post": _operation("createChatCompletion", "An answer", chat, ANSWER, body=_ref("ChatRequest"))},
@@ -155,6 +156,7 @@ def _page() -> dict[str, Any]:
 
 def _requests(nodes: Sequence[str]) -> dict[str, Schema]:
     model = {"enum": [wire.MODEL, *(f"{wire.MODEL}/{name}" for name in nodes)], "default": wire.MODEL}
+    question = {"type": "string", "pattern": r"\S"}
     count = {"type": ["integer", "null"], "minimum": 1, "maximum": 1_000_000}
     name = {"type": "string", "pattern": f"^{wire.CONVERSATION.pattern}$"}
     common = {"model": model, "stream": _or_null(FLAG), "temperature": _range(2), "top_p": _range(1)}
@@ -165,10 +167,10 @@ def _requests(nodes: Sequence[str]) -> dict[str, Schema]:
         _part("image_url", image_url={"type": "object"}),
         _part("input_audio", input_audio={"type": "object"}),
     ]
-    said = {"type": "array", "minItems": 1, "maxItems": wire.MAX_MESSAGES, "contains": _object(role={"const": "user"})}
+    asked = _object(role={"const": "user"}, content={"anyOf": [question, {"type": "array", "minItems": 1}]})
+    said = {"type": "array", "minItems": 1, "maxItems": wire.MAX_MESSAGES, "contains": asked}
     own = {"trace": FLAG, "conversation": name}
     text = {"format": _object(type={"const": "text"}), "verbosity": {"const": "medium"}}
-    question = {"type": "string", "pattern": r"\S"}
     metadata = {"maxProperties": 16, "propertyNames": {"maxLength": 64}, "additionalProperties": {"type": "string", "maxLength": 512}}
     return {
         "ChatRequest": _object(

@@ -13,7 +13,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmgraph.errors import AssetError, GraphError, LmgraphError, MasterError, OutsideError, RequestError, StoreError, WorkerTimeout
+from lmgraph.errors import (
+    AssetError,
+    GraphError,
+    LmgraphError,
+    MasterError,
+    OutsideError,
+    RequestError,
+    StoreError,
+    UserError,
+    WorkerTimeout,
+)
 from lmgraph.types import Ask, Delta, Message
 
 MODEL = "lmgraph"
@@ -142,7 +152,7 @@ def _parts(parts: Sequence[Any], where: str, needs: set[str]) -> str:
     texts: list[str] = []
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in PARTS:
+        if not isinstance(kind, str) or kind not in PARTS:
             raise RequestError(f"{where}[{i}].type is {str(kind)[:40]!r}; valid: {', '.join(PARTS)}.", param=f"{where}[{i}]")
         if kind == "text":
             if not isinstance(part.get("text"), str):
@@ -317,7 +327,9 @@ def status_of(error: LmgraphError) -> int:
         return 503
     if isinstance(error, OutsideError):
         return 502
-    return 503 if isinstance(error, (AssetError, MasterError)) else 400
+    if isinstance(error, (AssetError, MasterError)):
+        return 503
+    return 400 if isinstance(error, UserError) else 500
 
 
 def error(failure: LmgraphError) -> bytes:
