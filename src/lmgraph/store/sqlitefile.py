@@ -20,7 +20,8 @@ from lmgraph.errors import StoreError
 T = TypeVar("T")
 APPLICATION = 0x6C6D6772
 """written into the file's header ("lmgr"): a file of another program is never touched"""
-BUSY_S = 2.0
+BUSY_S, OPEN_S = 2.0, 20.0
+"""seconds that a write waits for another process, and that opening a file does: many may make it at the same moment"""
 TOGETHER = 1000
 """most jobs in one transaction"""
 MIGRATIONS: list[tuple[str, ...]] = [  # only ever add at the end: `PRAGMA user_version` counts how many a file has seen
@@ -134,6 +135,7 @@ def connect(place: str) -> sqlite3.Connection:
 
 def migrate(db: sqlite3.Connection, place: str) -> None:
     """Bring a file to the newest format. Raises StoreError for another program's file or a newer format, sqlite3.Error."""
+    db.execute(f"PRAGMA busy_timeout = {OPEN_S * 1000:.0f}")
     db.execute("BEGIN IMMEDIATE")  # two processes may open a new file at the same moment
     application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     if application != APPLICATION and (application or version or db.execute("SELECT 1 FROM sqlite_master").fetchone()):
@@ -150,6 +152,7 @@ def migrate(db: sqlite3.Connection, place: str) -> None:
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     db.execute("COMMIT")
     db.execute("PRAGMA journal_mode = WAL")
+    db.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
 
 
 def explain(error: Exception, place: str) -> StoreError:
