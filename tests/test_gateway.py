@@ -17,8 +17,6 @@ import pytest
 
 from conftest import say, serving, toy_graph
 
-SLOW = "{kind: scripted, answers: {'*': 'answer to {}'}}"
-
 
 def make_key(store: str, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "lmgraph", "keys", "create", *arguments, "--store", store, "--json"]
@@ -154,6 +152,16 @@ def test_equal_questions_in_the_air_are_answered_once(house: House) -> None:
         answers = list(pool.map(lambda _: house.chat("all at once", temperature=0), range(16)))
     assert {a.json()["choices"][0]["message"]["content"] for a in answers} == {"answer to all at once"}
     assert sorted(a.headers["x-lmgraph-cache"] for a in answers) == ["hit"] * 15 + ["miss"]
+
+
+def test_another_model_does_not_give_the_answers_of_this_one(toy_master: Path, toy_base: Path, tmp_path: Path) -> None:
+    store, body = f"sqlite:///{tmp_path}/store.db", {"model": "lmgraph/math", "messages": say("x"), "temperature": 0}
+    found = []
+    for model in (toy_base, toy_base, toy_master):  # another model behind the same name of a node
+        graph = toy_graph(toy_master, f"{{kind: embedded, model: {model}, max_tokens: 2}}")
+        with serving(graph, tmp_path, store=store) as address:
+            found.append(httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).headers["x-lmgraph-cache"])
+    assert found == ["miss", "hit", "miss"]
 
 
 # ---------------------------------------------------------------- keys

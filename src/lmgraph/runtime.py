@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ class Runtime:
         """Unload every model and close every connection."""
         for worker in {w for scene in self._scenes for w in scene.workers.values()}:
             await worker.close()
+        for shared in self._shared.values():  # also those whose nodes are gone from the graph
+            await shared.close()
         for engine in {e for scene in self._scenes for e in scene.engines()}:
             await engine.close()
         self._scene.master = None
@@ -89,6 +91,12 @@ class Runtime:
     def graph(self) -> Graph:
         """The graph that new asks get."""
         return self._scene.graph
+
+    @property
+    def identity(self) -> str:
+        """What answers depend on besides the ask: graph as it runs (with the profile's models), the master's file (named by digest)."""
+        master = self._scene.master
+        return f"{self.graph!r} {master.engine.path.name if master else ''}"
 
     @property
     def loaded(self) -> bool:
@@ -150,7 +158,20 @@ class Runtime:
 
     async def decide(self, query: str, *, rewriting: bool | None = None) -> Decision:
         """The master's decision for one query, from start."""
-        return await (await self._master_of(self._scene)).decide(query, rewriting=rewriting)
+        async with self._present() as scene:
+            return await (await self._master_of(scene)).decide(query, rewriting=rewriting)
+
+    @asynccontextmanager
+    async def _present(self) -> AsyncIterator[Scene]:
+        """The present scene, which nothing closes as long as this block runs."""
+        scene = self._scene
+        scene.active += 1
+        try:
+            yield scene
+        finally:
+            scene.active -= 1
+            if scene is not self._scene:
+                await self._tidy()
 
     async def decide_all(self, queries: Sequence[str], *, at_once: int = 8) -> list[Decision]:
         """Decisions in the order of the queries, `at_once` at a time. The first failure ends all."""
@@ -209,9 +230,7 @@ class Runtime:
 
         `decided` is told the decision before the worker starts, `answering` the node whose worker gives the first piece.
         """
-        scene = self._scene
-        scene.active += 1
-        try:
+        async with self._present() as scene:
             nodes = scene.graph.nodes
             able = _able(scene.graph, ask) if ask.needs else None
             if not ask.query.strip() and not (ask.needs and ask.node):
@@ -248,10 +267,6 @@ class Runtime:
                         yield replace(item, trace=Trace(decision, tuple(steps)))
                     else:
                         yield item
-        finally:
-            scene.active -= 1
-            if scene is not self._scene:
-                await self._tidy()
 
 
 async def _decide(master: Master, ask: Ask, able: Sequence[str] | None) -> Decision:

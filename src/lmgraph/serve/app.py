@@ -176,7 +176,7 @@ class Gateway:
         if talk.ask.temperature != 0 or memory is None:
             await self._run(Answering(self.metrics, request, chat, talk, memory, None))
             return
-        async with self.memory.flight(cache_key(self.editor.version, talk.ask, request.key)) as flight:
+        async with self.memory.flight(cache_key(self.runtime.identity, talk.ask, request.key)) as flight:
             self.metrics.cache["hit" if flight.kept else "miss",] += 1
             await self._run(Answering(self.metrics, request, chat, talk, memory, flight))
 

@@ -21,8 +21,6 @@ TURNS = 50
 """most turns of a conversation that are put in front of a new one"""
 CACHE_S = 86_400.0
 TITLE = 80
-CONVERSATION = 128
-"""most characters of a conversation's id"""
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,10 @@ def place(owner: str, conversation: str) -> str:
     return f"{owner}/{conversation}" if owner else conversation
 
 
-def cache_key(version: str, ask: Ask, owner: str) -> str:
-    """Under which an answer is kept: whatever an answer depends on (`version` stands for graph and bundle)."""
+def cache_key(identity: str, ask: Ask, owner: str) -> str:
+    """Under which an answer is kept: whatever an answer depends on (`identity` stands for graph, models and master)."""
     turns = [m.raw or (m.role, m.content) for m in ask.messages]
-    parts = [version, owner, ask.node, ask.stay, ask.max_tokens, ask.temperature, ask.options, turns]
+    parts = [identity, owner, ask.node, ask.stay, ask.max_tokens, ask.temperature, ask.options, turns]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
