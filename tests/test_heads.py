@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,32 @@ def test_states_come_in_the_order_of_the_queries_and_progress_reaches_the_end(to
         assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
     asyncio.run(work())
+
+
+def test_states_are_kept_as_they_come_and_a_stopped_run_goes_on_from_them(toy_base: Path, toy_bundle: Path, tmp_path: Path) -> None:
+    queries, file = [f"court {i}" for i in range(12)], tmp_path / "states.npy"
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    async def work(progress: Callable[[int, int], None]) -> np.ndarray:
+        vocabulary = bundles.read(str(toy_bundle)).vocabulary
+        engine = await Engine.open(toy_base, context=256, slots=1, threads=1, states=True)
+        try:
+            return await heads.states(engine, vocabulary, queries, 64, progress, file)
+        finally:
+            await engine.close()
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(work(stop))
+    kept = np.load(file)
+    assert (~np.isnan(kept).any(axis=1)).sum() == 5
+    found = asyncio.run(work(lambda done, total: seen.append(done)))
+    assert seen == list(range(5, 13)) and (found[:5] == kept[:5]).all() and not np.isnan(found).any()
+    file.write_bytes(file.read_bytes()[:200])  # damaged: begun anew
+    assert asyncio.run(work(lambda done, total: None)) == pytest.approx(found, abs=1e-3)
 
 
 def test_a_node_is_learnt_from_twenty_examples_and_the_old_ones_lose_no_point(toy_bundle: Path, toy_master: Path, tmp_path: Path) -> None:

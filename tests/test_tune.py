@@ -118,3 +118,15 @@ def test_batches_hold_every_example_once_within_the_budget() -> None:
     made = tune.batches(encoded, 256, random.Random(1))
     assert sorted(i for batch in made for i in batch) == list(range(200))
     assert all(max(len(encoded[i].ids) for i in batch) * len(batch) <= 256 for batch in made)
+
+
+def test_half_precision_learns_the_same_and_a_wrong_one_is_named(toy_base: Path, tmp_path: Path) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        recipe = replace(RECIPE, precision=precision)
+        found[precision] = tune.main(
+            toy_base, examples(), {"kept": examples()[::3]}, vocabulary_for(toy_base), recipe, tmp_path / precision, log=lambda line: None
+        )["kept"]
+    assert found["bf16"]["accuracy"] > 0.9 and abs(found["bf16"]["loss"] - found["fp32"]["loss"]) < 0.2
+    with pytest.raises(DataError, match="fp32, bf16"):
+        tune.setup(toy_base, vocabulary_for(toy_base), replace(RECIPE, precision="fp8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from dataclasses import fields, replace
@@ -69,6 +70,13 @@ def train() -> None:
     help="share of the rewrites that is taught; the other examples teach only the choice, at half the cost",
 )
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="0: what torch chooses")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="of the matrix products; auto: bf16 where the processor has instructions for it (half the time)",
+)
 @click.option(
     "--recipe", "recipe_file", type=click.Path(path_type=Path, exists=True), help="recipe.json of another run; options given here win"
 )
@@ -176,7 +184,7 @@ def heads_(
     """Fit functional rows on frozen hidden states: no torch, no retraining.
 
     With --node: one row more on a trained bundle; graph.yaml is pointed at the new bundle. Without: all rows of a graph on an
-    untouched base ("rows only").
+    untouched base ("rows only"); stopped, it goes on from the states in --out when it is started again.
     """
     if node:
         if not examples:
@@ -249,12 +257,12 @@ async def _all_rows(files: tuple[Path, ...], out: Path, base: str, size: int, pa
     if not kept:
         raise DataError("Too few examples: nothing is left to keep aside.", "Give at least 50 examples.")
     labels = heads.index([e.node for e in [*training, *kept]], vocabulary.nodes)
+    queries = [e.query for e in [*training, *kept]]
+    keep = out / f"states-{hashlib.sha256(json.dumps([vocabulary.base, QUERY_LIMIT, queries]).encode()).hexdigest()[:12]}.npy"
     engine = await Engine.open(base_file, context=1024, slots=4, threads=using.threads, states=True)
     with Bars() as bars:
         try:
-            features = await heads.states(
-                engine, vocabulary, [e.query for e in [*training, *kept]], QUERY_LIMIT, lambda a, b: bars.progress("hidden states", a, b)
-            )
+            features = await heads.states(engine, vocabulary, queries, QUERY_LIMIT, lambda a, b: bars.progress("hidden states", a, b), keep)
         finally:
             await engine.close()
     cut = len(training)
@@ -267,6 +275,7 @@ async def _all_rows(files: tuple[Path, ...], out: Path, base: str, size: int, pa
         "temperature": fitted.temperature,
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    keep.unlink()
     click.echo(json.dumps(metrics))
 
 

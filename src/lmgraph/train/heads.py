@@ -8,6 +8,7 @@ so a fit is multinomial logistic regression on the state of the prompt's last to
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,26 +29,63 @@ ANCHORS = 30
 
 
 async def states(
-    engine: Engine, vocabulary: Vocabulary, queries: Sequence[str], limit: int, progress: Callable[[int, int], None] | None = None
+    engine: Engine,
+    vocabulary: Vocabulary,
+    queries: Sequence[str],
+    limit: int,
+    progress: Callable[[int, int], None] | None = None,
+    keep: Path | None = None,
 ) -> Array:
-    """Hidden states (N, D) float32 at the last token of each query's prompt; the engine was opened with states=True."""
+    """Hidden states (N, D) float32 at the last token of each query's prompt; the engine was opened with states=True.
+
+    With `keep`, each state is written to that file (.npy) as it comes, and a later call with the same queries and file goes on
+    from there; the caller names the file after everything that decides a state (the weights, too) and removes it in the end.
+    """
     head, _, tail = prompts.render("", vocabulary.dialect)
     before, after = await engine.tokenise(head.text, True), await engine.tokenise(tail.text, True)
-    out: list[Array | None] = [None] * len(queries)
-    todo = iter(range(len(queries)))
-    done = 0
+    if not queries:
+        return np.zeros((0, 0), dtype=np.float32)
+
+    async def state(query: str) -> Array:
+        ids, _ = prompts.shorten(await engine.tokenise(query), limit)
+        return np.asarray(await engine.state(before + ids + after), dtype=np.float32)
+
+    first = await state(queries[0])
+    out = _table(keep, (len(queries), len(first)))
+    out[0] = first
+    missing = np.flatnonzero(np.isnan(out).any(axis=1))
+    todo, done = iter(missing.tolist()), len(queries) - len(missing)
+    if progress:
+        progress(done, len(queries))
 
     async def work() -> None:
         nonlocal done
         for i in todo:
-            ids, _ = prompts.shorten(await engine.tokenise(queries[i]), limit)
-            out[i] = np.asarray(await engine.state(before + ids + after), dtype=np.float32)
+            out[i] = await state(queries[i])
             done += 1
             if progress:
                 progress(done, len(queries))
 
     await asyncio.gather(*(work() for _ in range(engine.slots)))
-    return np.stack([row for row in out if row is not None])
+    return np.array(out)
+
+
+def _table(path: Path | None, shape: tuple[int, int]) -> Array:
+    """A float32 table, in memory or in a file; what is not a number has not been computed yet (also a row cut off half way)."""
+    if path is None:
+        return np.full(shape, np.nan, dtype=np.float32)
+    try:
+        found = np.load(path, mmap_mode="r")  # unlike r+, does not lengthen a file that was cut off
+        fits = found.shape == shape and found.dtype == np.float32
+    except (FileNotFoundError, ValueError):
+        fits = False
+    if not fits:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with open(part, "wb") as file:
+            np.save(file, np.full(shape, np.nan, dtype=np.float32))
+        os.replace(part, path)
+    return np.asarray(np.load(path, mmap_mode="r+"))
 
 
 def softmax(logits: Array) -> Array:

@@ -25,7 +25,7 @@ from lmgraph.bundles import read_tensors, write_tensors, write_vocabulary
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
-from lmgraph.train.model import LINEAR, Master, load_base
+from lmgraph.train.model import LINEAR, Master, fast_bf16, load_base
 from lmgraph.train.plot import plot
 
 try:
@@ -33,6 +33,9 @@ try:
     import torch.nn.functional as F
 except ImportError as error:  # pragma: no cover - exercised by the test of missing extras in a subprocess
     raise MissingExtra("Training a master", "train") from error
+
+
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Recipe:
     seed: int = 0
     threads: int = 0
     """0: what torch chooses"""
+    precision: str = "auto"
+    """of the matrix products: fp32, bf16, or auto (bf16 where the processor has instructions for it); what is learnt stays fp32"""
     checkpoint_minutes: float = 4.0
     validate_every: int = 200
 
@@ -135,13 +140,16 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None
     """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or all at `start`."""
     from peft import LoraConfig, get_peft_model
 
+    if recipe.precision not in PRECISIONS:
+        raise DataError(f"precision is {recipe.precision!r}.", f"Valid: {', '.join(PRECISIONS)}")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     trunk, embeddings, encode_text = load_base(base)
     lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(LINEAR))
     peft = get_peft_model(trunk, lora)
-    master = Master(peft.base_model.model, embeddings, vocabulary.size + 1)
+    half = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16())
+    master = Master(peft.base_model.model, embeddings, vocabulary.size + 1, half=half)
     with torch.no_grad():
         for node, token in vocabulary.nodes.items():
             name = encode_text(" " + node.replace("_", " "), False)
