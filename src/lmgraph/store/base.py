@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import secrets
 import time
-import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from lmgraph.errors import SettingsError, StoreError
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def plain(text: str) -> str:
     """The text without halves of surrogate pairs, which JSON may carry and no database takes."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def digest_of(secret: str) -> str:
@@ -42,7 +45,7 @@ class Turn:
     trace: Mapping[str, Any] = field(default_factory=dict)
     """`Trace.to_json()`"""
     created: float = field(default_factory=time.time)
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: f"{random.getrandbits(128):032x}")
     title: str = ""
     """what a list of conversations shows; the first turn's counts"""
 
@@ -52,12 +55,12 @@ class Turn:
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object; `Turn(**x)` reads it back."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return dict(self.__dict__)
 
 
 def write_turn(turn: Turn) -> str:
     """A turn as a store keeps it: one line of JSON."""
-    return json.dumps(turn.to_json(), separators=(",", ":"))
+    return _encode(turn.to_json())
 
 
 def read_turn(text: str | bytes) -> Turn:

@@ -7,17 +7,31 @@ own. History is kept until it is forgotten.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lmgraph.errors import StoreError
 from lmgraph.store.base import ApiKey, Buckets, Conversation, Turn, plain, read_turn, write_turn
-from lmgraph.store.sqlitefile import Desk, connect, explain, migrate
+from lmgraph.store.sqlitefile import Desk, Row, connect, explain, migrate
 
 KEY = "id, name, digest, created, revoked, rate_per_minute, concurrent, admin"
+
+
+AT = [f"json_extract(value, '$[{i}]')" for i in range(6)]
+CONVERSATIONS = """
+    INSERT INTO conversations SELECT {1}, {4}, 1, {5}, {5} FROM {rows} WHERE NOT EXISTS (SELECT 1 FROM turns WHERE turns.id = {0})
+    ON CONFLICT (id) DO UPDATE SET turns = turns + 1, updated = max(updated, excluded.updated)"""
+TURNS = "INSERT INTO turns (id, conversation, node, body) SELECT {0}, {1}, {2}, {3} FROM {rows} WHERE true ON CONFLICT DO NOTHING"
+ALL, ONE = (
+    [sql.format(*at, rows=rows) for sql in (CONVERSATIONS, TURNS)]
+    for at, rows in ((AT, "json_each(?)"), (":0 :1 :2 :3 :4 :5".split(), "(SELECT 1)"))
+)
+"""the two statements that add turns: many at once, given as one JSON array of arrays, and one, given as values"""
 
 
 class SqliteStore:
@@ -50,23 +64,12 @@ class SqliteStore:
             for connection in opened:
                 connection.close()
             raise explain(error, place) from error
-        desks = [Desk(connection, place) for connection in opened]
+        desks = [Desk(connection, place, _add_turns) for connection in opened]
         return cls(desks[0], desks[-1], cache_entries, cache_bytes)
 
     async def append(self, turn: Turn) -> None:
         """As `Store.append`; survives the death of the process from when it returns."""
-        body = write_turn(turn)
-
-        def write(db: sqlite3.Connection) -> None:
-            row = (turn.id, turn.conversation, turn.node, body)
-            if db.execute("INSERT INTO turns (id, conversation, node, body) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", row).rowcount:
-                db.execute(
-                    "INSERT INTO conversations VALUES (?, ?, 1, ?, ?)"
-                    " ON CONFLICT (id) DO UPDATE SET turns = turns + 1, updated = max(updated, excluded.updated)",
-                    (turn.conversation, turn.title, turn.created, turn.created),
-                )
-
-        await self._writer.do(write)
+        await self._writer.add((turn.id, turn.conversation, turn.node, write_turn(turn), turn.title, turn.created))
 
     async def turns(self, conversation: str, limit: int) -> list[Turn]:
         """As `Store.turns`."""
@@ -160,3 +163,15 @@ class SqliteStore:
 
 def _key(row: Any) -> ApiKey:
     return replace(ApiKey(*row[:-1]), admin=bool(row[-1]))
+
+
+def _add_turns(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Add turns of (id, conversation, node, body, title, created), those whose id is not there yet."""
+    given = json.dumps(list({row[0]: row for row in reversed(rows)}.values())[::-1])
+    if "\\u0000" not in given:
+        for sql in ALL:
+            db.execute(sql, (given,))
+        return
+    for row in rows:  # SQLite's JSON ends a text at a zero character
+        for sql in ONE:
+            db.execute(sql, {str(i): value for i, value in enumerate(row)})

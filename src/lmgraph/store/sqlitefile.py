@@ -10,10 +10,11 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lmgraph.errors import StoreError
 
@@ -51,13 +52,29 @@ MIGRATIONS: list[tuple[str, ...]] = [  # only ever add at the end: `PRAGMA user_
 ]
 
 
+Row = Sequence[Any]
+"""one thing to add, as JSON can hold it"""
+Job = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
+
+
+def _nothing(connection: sqlite3.Connection) -> None: ...
+
+
+ROWS: Job = (_nothing, cast("asyncio.Future[Any]", None))
+"""in the queue: rows wait"""
+
+
 class Desk:
     """One connection and the only thread that uses it. Jobs that wait are done in one transaction, in the order they came."""
 
-    def __init__(self, connection: sqlite3.Connection, place: str) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, place: str, add: Callable[[sqlite3.Connection, list[Row]], None] | None = None
+    ) -> None:
         self._connection, self._place, self._closed = connection, place, False
+        self._add = add
+        self._rows: deque[tuple[Row, asyncio.Future[None]]] = deque()
         self._reads = bool(connection.execute("PRAGMA query_only").fetchone()[0])
-        self._jobs: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="lmgraph-store", daemon=True)
         self._thread.start()
 
@@ -68,6 +85,19 @@ class Desk:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._jobs.put((job, future))
         return await future
+
+    async def add(self, row: Row) -> None:
+        """Like a job that adds this row, but all rows that wait are added by one call of the `add` that the desk was given.
+
+        Each statement lets the other threads of this process go first, so one for all costs a busy process far less than one for each.
+        """
+        if self._closed:
+            raise StoreError(f"The store {self._place} is closed.")
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._rows.append((row, future))
+        if len(self._rows) == 1:  # else the thread has been called, or is just taking them
+            self._jobs.put(ROWS)
+        await future
 
     async def close(self) -> None:
         """Do what waits, then close the connection. Twice is fine."""
@@ -83,25 +113,36 @@ class Desk:
                 taken = [self._jobs.get()]
                 while len(taken) < TOGETHER and not self._jobs.empty():
                     taken.append(self._jobs.get())
-                jobs = [job for job in taken if job is not None]
-                more = len(jobs) == len(taken)
-                results = self._commit([work for work, _ in jobs])
-                settled = [(future, result) for (_, future), result in zip(jobs, results)]
+                more = None not in taken
+                jobs = [job for job in taken if job is not None and job is not ROWS]
+                rows = self._take()
+                results = self._commit([work for work, _ in jobs], [row for row, _ in rows])
+                settled = [(future, result) for (_, future), result in zip([*rows, *jobs], results)]
                 for loop in {future.get_loop() for future, _ in settled}:
                     with suppress(RuntimeError):  # that loop is closed: nobody waits any more
                         loop.call_soon_threadsafe(_settle, [(f, r) for f, r in settled if f.get_loop() is loop])
 
-    def _commit(self, jobs: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
-        """Results or StoreErrors, in order. One job's failure is its own; a failure of the whole transaction is everybody's."""
+    def _take(self) -> list[tuple[Row, asyncio.Future[None]]]:
+        rows = []
+        while self._rows and len(rows) < TOGETHER:
+            rows.append(self._rows.popleft())
+        if self._rows:
+            self._jobs.put(ROWS)
+        return rows
+
+    def _commit(self, jobs: list[Callable[[sqlite3.Connection], Any]], rows: list[Row]) -> list[Any]:
+        """Results or StoreErrors, of the rows and then of the jobs. One job's failure is its own; one of all together is everybody's."""
         try:
             self._connection.execute("BEGIN" if self._reads else "BEGIN IMMEDIATE")
-            results = [self._do(job) for job in jobs]
+            if rows and self._add:
+                self._add(self._connection, rows)
+            results = [*(None for _ in rows), *(self._do(job) for job in jobs)]
             self._connection.execute("COMMIT")
             return results
         except Exception as error:  # noqa: BLE001 - handed over to the callers: this thread must go on
             with suppress(sqlite3.Error):  # SQLite may have rolled back by itself
                 self._connection.execute("ROLLBACK")
-            return [explain(error, self._place) for _ in jobs]
+            return [explain(error, self._place) for _ in (*rows, *jobs)]
 
     def _do(self, job: Callable[[sqlite3.Connection], Any]) -> Any:
         self._connection.execute("SAVEPOINT job")

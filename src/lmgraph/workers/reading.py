@@ -64,9 +64,15 @@ class Reading:
             if len(self._rest) > (BODY_LIMIT if self._whole else LINE_LIMIT):
                 raise WorkerError(f"{self._url} sent {'too long an answer' if self._whole else 'an endless line'}.")
             return
-        *lines, rest = (bytes(self._rest) + chunk if self._rest else chunk).split(b"\n")
-        self._rest = bytearray(rest)
+        if self._rest:
+            chunk = bytes(self._rest) + chunk
         texts: list[str] = []
+        if self._ends is not None and not self._data and not self._failing:
+            text, chunk = self._many(chunk, *self._ends)
+            if text:
+                texts.append(text)
+        *lines, rest = chunk.split(b"\n")
+        self._rest = bytearray(rest)
         try:
             for line in lines:
                 delta = self._take(line)
@@ -140,6 +146,21 @@ class Reading:
         elif not name.isalpha():
             raise WorkerError(f"{self._url} sent something that is not an event: {line[:100].decode(errors='replace')!r}")
         return None
+
+    def _many(self, chunk: bytes, before: bytes, behind: bytes) -> tuple[str, bytes]:
+        """The texts of the events at the beginning of a chunk that differ from the last one in nothing but their text, and the rest."""
+        first, last = b"data: " + before, behind + b"\n\n"
+        end = chunk.rfind(last)
+        if end < 0 or not chunk.startswith(first):
+            return "", chunk
+        parts = chunk[len(first) : end].split(last + first)
+        whole = b"".join(parts)
+        if b'"' in whole or b"\\" in whole or b"\n" in whole:
+            return "", chunk
+        try:
+            return whole.decode(), chunk[end + len(last) :]
+        except UnicodeDecodeError:
+            return "", chunk
 
     def _same(self, data: bytes) -> str | None:
         """The text of a chunk that differs from the one before in nothing but its text, without parsing it; None for any other."""
