@@ -53,7 +53,7 @@ class Chat:
 def load(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises RequestError for anything else: bad UTF-8, NaN, endless numbers, absurd depth."""
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = _decode(body.decode())
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
     except ValueError as error:
@@ -65,6 +65,9 @@ def load(body: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+_decode = json.JSONDecoder(parse_constant=_no_constant).decode
 
 
 def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:

@@ -67,30 +67,34 @@ class Reading:
         if self._rest:
             chunk = bytes(self._rest) + chunk
         texts: list[str] = []
-        if self._ends is not None and not self._data and not self._failing:
-            text, chunk = self._many(chunk, *self._ends)
-            if text:
-                texts.append(text)
-        *lines, rest = chunk.split(b"\n")
-        self._rest = bytearray(rest)
+        at, ends = 0, None
         try:
-            for line in lines:
-                delta = self._take(line)
-                if delta is not None and not delta.choices:
-                    texts.append(delta.text)
-                elif delta is not None:
-                    if texts:
-                        yield Delta("".join(texts))
-                        texts = []
-                    yield delta
-                if self.over:
+            while not self.over:
+                if ends is not self._ends:  # a pattern that has not been tried on these bytes
+                    ends = self._ends
+                    if ends is not None and not self._data and not self._failing:
+                        text, at = self._many(chunk, at, *ends)
+                        texts.append(text)
+                end = chunk.find(b"\n", at)
+                if end < 0:
                     break
+                delta, at = self._take(chunk[at:end]), end + 1
+                if delta is None:
+                    continue
+                if not delta.choices:
+                    texts.append(delta.text)
+                    continue
+                if text := "".join(texts):
+                    yield Delta(text)
+                texts.clear()
+                yield delta
         except WorkerError:
-            if texts:
-                yield Delta("".join(texts))
+            if text := "".join(texts):
+                yield Delta(text)
             raise
-        if texts:
-            yield Delta("".join(texts))
+        self._rest = bytearray(chunk[at:])
+        if text := "".join(texts):
+            yield Delta(text)
 
     def end(self) -> Iterator[Delta]:
         """The pieces that the end of the body completes."""
@@ -147,20 +151,20 @@ class Reading:
             raise WorkerError(f"{self._url} sent something that is not an event: {line[:100].decode(errors='replace')!r}")
         return None
 
-    def _many(self, chunk: bytes, before: bytes, behind: bytes) -> tuple[str, bytes]:
-        """The texts of the events at the beginning of a chunk that differ from the last one in nothing but their text, and the rest."""
+    def _many(self, chunk: bytes, at: int, before: bytes, behind: bytes) -> tuple[str, int]:
+        """The texts of all events from `at` on, where they differ from the last one in nothing but their text, and where they end."""
         first, last = b"data: " + before, behind + b"\n\n"
-        end = chunk.rfind(last)
-        if end < 0 or not chunk.startswith(first):
-            return "", chunk
-        parts = chunk[len(first) : end].split(last + first)
-        whole = b"".join(parts)
+        start = at + chunk.startswith(b"\n", at)  # the end of the event before
+        end = chunk.rfind(last, start)
+        if end < 0 or not chunk.startswith(first, start):
+            return "", at
+        whole = chunk[start + len(first) : end].replace(last + first, b"")
         if b'"' in whole or b"\\" in whole or b"\n" in whole:
-            return "", chunk
+            return "", at
         try:
-            return whole.decode(), chunk[end + len(last) :]
+            return whole.decode(), end + len(last)
         except UnicodeDecodeError:
-            return "", chunk
+            return "", at
 
     def _same(self, data: bytes) -> str | None:
         """The text of a chunk that differs from the one before in nothing but its text, without parsing it; None for any other."""
