@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -248,6 +249,38 @@ def test_a_dead_redis_takes_no_answer_with_it_and_is_used_again_when_it_is_back(
             pass
         assert chat("after").status_code == 200 and http.get("/v1/history/after").status_code == 200
         assert "lmgraph_turns_dropped 1.0" in http.get("/metrics").text
+
+
+@pytest.mark.parametrize("fault", ["hangs", "full"])
+def test_a_redis_that_hangs_or_is_full_takes_no_answer_with_it(toy_master: Path, tmp_path: Path, fault: str) -> None:
+    server = RedisServer(tmp_path)
+    with ExitStack() as stack:
+        stack.callback(server.stop)
+        http = httpx.Client(base_url=stack.enter_context(serving(toy_graph(toy_master), tmp_path, store=server.url)), timeout=60)
+        stack.callback(http.close)
+
+        def chat(name: str) -> httpx.Response:
+            body = {"model": "lmgraph/math", "messages": say("hello"), "lmgraph": {"conversation": name}}
+            return http.post("/v1/chat/completions", json=body)
+
+        assert chat("before").status_code == 200
+        if fault == "hangs":
+            server.process.send_signal(signal.SIGSTOP)
+        else:
+            with server.client() as redis:
+                redis.config_set("maxmemory-policy", "noeviction")
+                redis.config_set("maxmemory", 1)
+        assert chat("during").status_code == 200
+        assert "lmgraph_turns_dropped 1.0" in http.get("/metrics").text
+        if fault == "hangs":
+            server.process.send_signal(signal.SIGCONT)
+        else:
+            with server.client() as redis:
+                redis.config_set("maxmemory", 0)
+        while not http.get("/readyz").json()["store"]:
+            pass
+        assert chat("after").status_code == 200
+        assert http.get("/v1/history/after").status_code == 200 and http.get("/v1/history/during").status_code == 404
 
 
 def test_clients_that_connect_and_say_nothing_keep_nobody_out(address: Address) -> None:
