@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 from lmgraph.errors import SettingsError, StoreError
 
-
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 

@@ -50,7 +50,9 @@ local function forget(conversation)
   return redis.call('DEL', 'lmgraph:conversation:' .. conversation)
 end
 """
-APPEND = FORGET + """
+APPEND = (
+    FORGET
+    + """
 local member, conversation, node, title, created, body = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local now, ttl, many_turns, many_conversations, many_recent = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9] + 0, ARGV[10] + 0, ARGV[11] + 0
 local turns, bodies, about = 'lmgraph:turns:' .. conversation, 'lmgraph:bodies:' .. conversation, 'lmgraph:conversation:' .. conversation
@@ -75,6 +77,7 @@ for _, old in ipairs(redis.call('ZRANGEBYSCORE', 'lmgraph:conversations', '-inf'
 end
 for _, old in ipairs(redis.call('ZRANGE', 'lmgraph:conversations', 0, -1 - many_conversations)) do forget(old) end
 """
+)
 KEEP = """
 local function drop(key)
   redis.call('DECRBY', 'lmgraph:cache-bytes', redis.call('HGET', 'lmgraph:cache-sizes', key) or 0)

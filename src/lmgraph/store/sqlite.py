@@ -1,4 +1,4 @@
-"""The store in one SQLite file, or in memory: one thread writes, another reads (`sqlitefile.py`).
+"""The store in one SQLite file, or in memory: one thread writes, one reads, one tidies (`sqlitefile.py`).
 
 All writes that wait are committed together, and only then do their callers go on. A write that returned survives the death of
 this process (WAL, synchronous=NORMAL); a power cut may take the last moments. Limits live in memory: they are this process's
@@ -17,11 +17,9 @@ from typing import Any
 
 from lmgraph.errors import StoreError
 from lmgraph.store.base import ApiKey, Buckets, Conversation, Turn, plain, read_turn, write_turn
-from lmgraph.store.sqlitefile import Desk, Row, connect, explain, migrate
+from lmgraph.store.sqlitefile import Desk, Row, Sweeper, connect, explain, migrate
 
 KEY = "id, name, digest, created, revoked, rate_per_minute, concurrent, admin"
-
-
 AT = [f"json_extract(value, '$[{i}]')" for i in range(6)]
 CONVERSATIONS = """
     INSERT INTO conversations SELECT {1}, {4}, 1, {5}, {5} FROM {rows} WHERE NOT EXISTS (SELECT 1 FROM turns WHERE turns.id = {0})
@@ -29,7 +27,7 @@ CONVERSATIONS = """
 TURNS = "INSERT INTO turns (id, conversation, node, body) SELECT {0}, {1}, {2}, {3} FROM {rows} WHERE true ON CONFLICT DO NOTHING"
 ALL, ONE = (
     [sql.format(*at, rows=rows) for sql in (CONVERSATIONS, TURNS)]
-    for at, rows in ((AT, "json_each(?)"), (":0 :1 :2 :3 :4 :5".split(), "(SELECT 1)"))
+    for at, rows in ((AT, "json_each(?)"), ([":0", ":1", ":2", ":3", ":4", ":5"], "(SELECT 1)"))
 )
 """the two statements that add turns: many at once, given as one JSON array of arrays, and one, given as values"""
 
@@ -37,8 +35,8 @@ ALL, ONE = (
 class SqliteStore:
     """A `Store` in a file. `cache_entries` and `cache_bytes` bound the cache."""
 
-    def __init__(self, writer: Desk, reader: Desk, cache_entries: int, cache_bytes: int) -> None:
-        self._writer, self._reader = writer, reader
+    def __init__(self, writer: Desk, reader: Desk, sweeper: Sweeper | None, cache_entries: int, cache_bytes: int) -> None:
+        self._writer, self._reader, self._sweeper = writer, reader, sweeper
         self._cache_entries, self._cache_bytes = cache_entries, cache_bytes
         self._buckets = Buckets()
 
@@ -58,14 +56,14 @@ class SqliteStore:
             opened.append(connect(place))
             migrate(opened[0], place)
             if not memory:
-                opened.append(connect(place))
+                opened += [connect(place), connect(place)]
                 opened[1].execute("PRAGMA query_only = ON")
         except (sqlite3.Error, OSError, StoreError) as error:
             for connection in opened:
                 connection.close()
             raise explain(error, place) from error
-        desks = [Desk(connection, place, _add_turns) for connection in opened]
-        return cls(desks[0], desks[-1], cache_entries, cache_bytes)
+        desks = [Desk(connection, place, _add_turns) for connection in opened[:2]]
+        return cls(desks[0], desks[-1], Sweeper(opened[2]) if opened[2:] else None, cache_entries, cache_bytes)
 
     async def append(self, turn: Turn) -> None:
         """As `Store.append`; survives the death of the process from when it returns."""
@@ -154,6 +152,8 @@ class SqliteStore:
 
     async def close(self) -> None:
         """Commit what waits, then close the file."""
+        if self._sweeper:
+            await self._sweeper.close()
         await self._writer.close()
         await self._reader.close()
 

@@ -25,6 +25,9 @@ BUSY_S, OPEN_S = 2.0, 20.0
 """seconds that a write waits for another process, and that opening a file does: many may make it at the same moment"""
 TOGETHER = 1000
 """most jobs in one transaction"""
+SWEEP_S = 0.5
+LOG_PAGES = 16_000
+"""of 4 KiB: a write-ahead log that is longer is started anew"""
 MIGRATIONS: list[tuple[str, ...]] = [  # only ever add at the end: `PRAGMA user_version` counts how many a file has seen
     (
         "CREATE TABLE turns (seq INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, conversation TEXT NOT NULL, node TEXT NOT NULL,"
@@ -123,7 +126,7 @@ class Desk:
                         loop.call_soon_threadsafe(_settle, [(f, r) for f, r in settled if f.get_loop() is loop])
 
     def _take(self) -> list[tuple[Row, asyncio.Future[None]]]:
-        rows = []
+        rows: list[tuple[Row, asyncio.Future[None]]] = []
         while self._rows and len(rows) < TOGETHER:
             rows.append(self._rows.popleft())
         if self._rows:
@@ -157,6 +160,33 @@ class Desk:
         return result
 
 
+class Sweeper:
+    """Moves what was written from the write-ahead log into the file (a checkpoint), on a connection and a thread of its own.
+
+    SQLite does it by itself in the middle of some writer's commit, who then waits for the disk. Without an error of its own: what
+    cannot be moved stays in the log, and a disk that is full or broken is noticed by whoever writes.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="lmgraph-sweeper", daemon=True)
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Stop and close the connection. Twice is fine."""
+        self._over.set()
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+
+    def _work(self) -> None:
+        with closing(self._connection):
+            while not self._over.wait(SWEEP_S):
+                with suppress(sqlite3.Error):
+                    _, pages, _ = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                    if pages > LOG_PAGES:  # writers that never pause keep it from starting anew: let them wait once
+                        self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+
+
 def _settle(results: list[tuple[asyncio.Future[Any], Any]]) -> None:
     for future, result in results:
         if future.done():  # cancelled meanwhile
@@ -171,6 +201,7 @@ def connect(place: str) -> sqlite3.Connection:
     """A connection that any one thread may use, with transactions left to us. Raises sqlite3.Error."""
     connection = sqlite3.connect(place, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA wal_autocheckpoint = 0")  # `Sweeper` does it
     return connection
 
 

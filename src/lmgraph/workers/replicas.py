@@ -115,9 +115,7 @@ class Replicas:
 
     def states(self) -> list[dict[str, Any]]:
         """For health pages, in the order of the graph: url (no password in it), outstanding, failures, open_until (same clock)."""
-        return [
-            {"url": r.name, "outstanding": r.outstanding, "failures": r.failures, "open_until": r.open_until} for r in self._replicas
-        ]
+        return [{"url": r.name, "outstanding": r.outstanding, "failures": r.failures, "open_until": r.open_until} for r in self._replicas]
 
 
 def wait_of(header: str, wall: float) -> float | None:
