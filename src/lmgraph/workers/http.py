@@ -67,7 +67,7 @@ def prepare(url: str, headers: Mapping[str, str]) -> Target:
     elif proxy:
         where = f"http://{authority}{path}"
     head = f"POST {where} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items())
-    if any(not 32 <= ord(c) < 127 for c in head.replace("\r\n", "")) or head.count("\n") != len(lines) + 1 or " " in where:
+    if any(not 32 <= ord(c) < 127 for c in head.replace("\r\n", "")) or head.count("\n") != len(lines) + 1 or " " in where + authority:
         raise ValueError("it holds characters that no URL has")
     begun = head.encode() + (proxy[2] if proxy and not secure else b"")
     return Target((secure, host, port or (443 if secure else 80)), begun, proxy, tunnel)
@@ -349,7 +349,7 @@ class Connection(asyncio.Protocol):
             self._head = True
 
     def on_body(self, body: bytes) -> None:
-        if not self._linger:
+        if not self._linger and not self.over:
             self._body.append(body)
             self._size += len(body)
 
