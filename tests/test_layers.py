@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
     "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "settings",
     "assets", "bundles", "graphedit", "engine", "workers.base", "workers.scripted", "workers.embedded",
-    "workers.replicas", "workers.reading", "workers.http", "workers.openai",
+    "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
     "files", "master", "execute", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
     "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.routes", "evaluate.report",

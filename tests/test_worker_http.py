@@ -13,7 +13,8 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmgraph.workers.http import AHEAD, BrokenOff, Client, NoConnection, prepare
+from lmgraph.workers.http import AHEAD, BrokenOff, Client, NoConnection
+from lmgraph.workers.target import prepare
 
 PLAIN = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"

@@ -17,9 +17,10 @@ from typing import Any
 
 from lmgraph.errors import WorkerError, WorkerTimeout
 from lmgraph.types import Delta, Message
-from lmgraph.workers.http import BrokenOff, Client, Connection, Target, prepare
+from lmgraph.workers.http import BrokenOff, Client, Connection
 from lmgraph.workers.reading import Reading, Refusal, refusal
 from lmgraph.workers.replicas import Replica, Replicas, wait_of
+from lmgraph.workers.target import Target, prepare
 
 CONNECT_S = 10.0
 KEPT_S = 4.0
