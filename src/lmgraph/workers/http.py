@@ -1,8 +1,8 @@
 """HTTP/1.1 calls to workers: a body is posted, the answer's bytes are read as they come. llhttp (httptools) does the parsing.
 
 It knows connections and when they can be used again, TLS and tunnels (RFC 9112, RFC 9110 section 9.3.6). It knows nothing of what is
-asked nor how a URL is read (target.py), follows no redirect and keeps no cookie. A general client costs three times as much for each piece of an answer
-(docs/decisions.md), and pieces are most of what a gateway does.
+asked nor how a URL is read (target.py), follows no redirect and keeps no cookie. A general client costs more for each piece of an
+answer than the rest of the gateway does (docs/decisions.md).
 """
 
 from __future__ import annotations
