@@ -18,7 +18,7 @@ PROBABILITY = st.floats(0, 1)
 WORKERS = st.one_of(
     st.builds(WorkerSpec, kind=st.just("embedded"), model=st.text(min_size=1), system=st.text(), max_tokens=st.integers(1, 9999),
               temperature=st.none() | st.floats(0, 2)),
-    st.builds(WorkerSpec, kind=st.just("openai"), model=st.text(min_size=1), key_env=st.text(), retries=st.integers(0, 10),
+    st.builds(WorkerSpec, kind=st.just("openai"), model=st.text(min_size=1), key_env=st.text(), stream=st.booleans(), retries=st.integers(0, 10),
               urls=st.lists(st.sampled_from(["http://a:1/v1", "https://b/v1"]), min_size=1).map(tuple),
               timeout_s=st.floats(0.001, 1e6)),
     st.builds(WorkerSpec, kind=st.just("scripted"), answers=st.dictionaries(st.text(), st.text(), max_size=3)))

@@ -492,6 +492,24 @@ def test_a_connection_is_used_again(serve: Callable[..., Site]) -> None:
     assert len(site.heard) == 2 and len({port for port, _ in site.heard}) == 1
 
 
+@pytest.mark.parametrize(("always_stream", "whole", "streamed"), [(True, True, True), (True, False, True), (False, False, True), (False, True, False)])
+def test_an_answer_is_asked_for_whole_only_where_the_graph_and_the_client_want_it_so(serve: Callable[..., Site], always_stream: bool,
+                                                                                     whole: bool, streamed: bool) -> None:
+    answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "good morning"}, "finish_reason": "length"}], "usage": {"prompt_tokens": 3}}
+    site = serve(stream(GOOD) if streamed else stream(json.dumps(answer).encode()))
+
+    async def work() -> list[Delta]:
+        worker = OpenAIWorker([site.url], "m", always_stream=always_stream)
+        try:
+            return await all_of(worker, whole=whole)
+        finally:
+            await worker.close()
+
+    deltas = asyncio.run(work())
+    assert text_of(deltas) == "good morning" and deltas[-1].finish == ("stop" if streamed else "length")
+    assert site.asked[0][1].get("stream", False) is streamed and ("stream_options" in site.asked[0][1]) is streamed
+
+
 def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(serve: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
     proxy, site = serve(stream(GOOD)), serve(stream(GOOD))
     monkeypatch.delenv("no_proxy", raising=False)

@@ -10,6 +10,7 @@ process for one answer: of all figures the one that a busy machine disturbs leas
 - `direct`: the load generator on the mock itself, which shows that neither of them is the bottleneck;
 - `bare`: `bare.py`;
 - `lmgraph`: a pinned node, no master; keys, limits, metrics, SQLite memory, and a trace asked for with every request;
+- `whole`: the same process, and a node that says `stream: false`: plain answers are asked for whole;
 - `kept`: the same process, and every request is a conversation of its own that is written to SQLite;
 - `litellm`: its proxy, one worker, a master key, no database. It is slow: one round, and longer.
 """
@@ -43,7 +44,7 @@ HERE = Path(__file__).parent
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 MODES, CONNECTIONS = ("plain", "stream"), (1, 16, 64)
 START_S = 120.0
-MUSTS = {("lmgraph", "bare"): ("rps", 0.6), ("lmgraph", "litellm"): ("rps", 40.0), ("kept", "bare"): ("rps", 0.6)}
+MUSTS = {("lmgraph", "bare"): ("rps", 0.6), ("lmgraph", "litellm"): ("rps", 40.0), ("whole", "bare"): ("rps", 0.6), ("kept", "bare"): ("rps", 0.6)}
 """(server, measured against) -> least ratio of answers a second"""
 P99 = 2.0
 """largest ratio to the bare one's p99"""
@@ -52,6 +53,7 @@ version: 1
 master: {{bundle: none.gguf}}
 nodes:
   mock: {{token: 0, description: the mock, worker: {{kind: openai, urls: ['{url}/v1'], model: mock}}}}
+  whole: {{token: 2, description: the same asked whole, worker: {{kind: openai, urls: ['{url}/v1'], model: mock, stream: false}}}}
   hold: {{token: 1, description: the mock that stays silent, worker: {{kind: openai, urls: ['{url}/v1'], model: hold}}}}
 edges: {{start: ['*']}}
 """
@@ -76,6 +78,7 @@ class Server:
     model: str = "mock"
     key: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    modes: tuple[str, ...] = MODES
 
 
 # ---------------------------------------------------------------- servers
@@ -117,7 +120,7 @@ def start_lmgraph(upstream: str, folder: Path, plain: bool, stack: ExitStack) ->
     own, key, guarded = [sys.executable, "-m", "lmgraph"], "", []
     if not plain:
         store = ["--store", "sqlite:///bench.db"]
-        made = subprocess.run([*own, "keys", "create", "bench", "--json", *store], cwd=folder, check=True, capture_output=True, text=True)
+        made = subprocess.run([*own, "keys", "create", "bench", "--json", "--rate", "1e9", "--concurrent", "100000", *store], cwd=folder, check=True, capture_output=True, text=True)
         key, guarded = json.loads(made.stdout)["secret"], ["--require-keys", *store]
     cache = {} if "LMGRAPH_CACHE" in os.environ else {"LMGRAPH_CACHE": str(folder / "cache")}
     command = [*own, "serve", "graph.yaml", "--port", "0", *guarded]
@@ -125,6 +128,7 @@ def start_lmgraph(upstream: str, folder: Path, plain: bool, stack: ExitStack) ->
     traced: dict[str, Any] = {"trace": True}
     return [
         Server("lmgraph", url, process, "lmgraph/mock", key, {"lmgraph": traced}),
+        Server("whole", url, process, "lmgraph/whole", key, {"lmgraph": traced}, modes=("plain",)),
         Server("kept", url, process, "lmgraph/mock", key, {"lmgraph": traced | {"conversation": f"bench-{NUMBER}"}}),
     ]
 
@@ -288,7 +292,7 @@ def main() -> None:
         "--warm-up", type=int, default=200, help="requests before the first measurement, plain and streaming, to each server"
     )
     parser.add_argument("--connections", type=int, nargs="+", default=list(CONNECTIONS))
-    parser.add_argument("--only", default="direct,bare,lmgraph,kept", help="servers, separated by commas")
+    parser.add_argument("--only", default="direct,bare,lmgraph,whole,kept", help="servers, separated by commas")
     parser.add_argument("--plain", action="store_true", help="a gateway without keys and store")
     parser.add_argument("--litellm", action="store_true", help="LiteLLM's proxy too; it is installed where it is missing")
     parser.add_argument("--venv", type=Path, help="where LiteLLM is or shall be installed (default: in the user's cache folder)")
@@ -316,7 +320,7 @@ def main() -> None:
             wanted.append(start_litellm(upstream, folder, venv, stack))
         report["machine"] = machine(venv)
         for server in wanted:
-            for mode in MODES:
+            for mode in server.modes:
                 measure(server, mode, "--connections", 16, "--requests", options.warm_up, "--patience", 600)
         report["resident_before"] = {s.name: resident(s.process.pid) for s in wanted}
         for i in range(options.rounds):
@@ -324,7 +328,7 @@ def main() -> None:
                 for connections in options.connections:
                     for server in wanted[:: -1 if i % 2 else 1]:
                         slow = server.name == "litellm"
-                        if slow and i:
+                        if (slow and i) or mode not in server.modes:
                             continue
                         seconds = max(5.0, options.seconds) if slow else options.seconds
                         times = ("--seconds", seconds, "--warm", 3.0 if slow else min(0.5, options.seconds / 2))

@@ -28,6 +28,7 @@ async def run(
     max_tokens: int | None = None,
     temperature: float | None = None,
     options: Mapping[str, Any] | None = None,
+    whole: bool = False,
     answering: Callable[[str], None] | None = None,
 ) -> AsyncGenerator[Delta | Step, None]:
     """Stream one step: Deltas of text, then one finished Step per node that was tried (the last one holds the answer).
@@ -47,7 +48,7 @@ async def run(
             try:
                 worker = await open_worker(candidate)
                 limit = max_tokens or candidate.worker.max_tokens
-                stream = worker.stream(messages, max_tokens=limit, temperature=temperature, options=options)
+                stream = worker.stream(messages, max_tokens=limit, temperature=temperature, options=options, whole=whole)
                 patience = _Patience(candidate.worker.timeout_s)
                 try:
                     while True:

@@ -26,6 +26,8 @@ class WorkerSpec:
     urls: tuple[str, ...] = ()
     key_env: str = ""
     """name of the environment variable that holds the API key; the key itself is never written in a graph"""
+    stream: bool = True
+    """`openai` only: False asks for a whole answer whenever the client wants it whole; it must then be there within `timeout_s`"""
     timeout_s: float = 120.0
     retries: int = 1
     max_tokens: int = 512

@@ -267,6 +267,7 @@ class _Reader:
                 "system": (str,),
                 "urls": (str, list),
                 "key_env": (str,),
+                "stream": (bool,),
                 "timeout_s": (int, float),
                 "retries": (int,),
                 "max_tokens": (int,),

@@ -20,6 +20,7 @@ def schema() -> dict[str, Any]:
             "system": {**text, "description": "system prompt put before every request"},
             "urls": {"oneOf": [text, {"type": "array", "items": text}], "description": "base URLs of replicas, e.g. http://host:8000/v1"},
             "key_env": {**text, "description": "environment variable that holds the API key"},
+            "stream": {"type": "boolean", "description": "openai only; false: whole answers are asked for whole, not as a stream"},
             "timeout_s": {**number, "exclusiveMinimum": 0},
             "retries": {"type": "integer", "minimum": 0, "maximum": 10},
             "max_tokens": {"type": "integer", "minimum": 1},

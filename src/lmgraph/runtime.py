@@ -207,7 +207,13 @@ class Runtime:
             return ScriptedWorker(spec.answers)
         if spec.kind == "openai":
             return OpenAIWorker(
-                spec.urls, spec.model, system=spec.system, key_env=spec.key_env, timeout_s=spec.timeout_s, temperature=spec.temperature
+                spec.urls,
+                spec.model,
+                system=spec.system,
+                key_env=spec.key_env,
+                timeout_s=spec.timeout_s,
+                temperature=spec.temperature,
+                always_stream=spec.stream,
             )
         try:
             async with self._files_lock:
@@ -257,6 +263,7 @@ class Runtime:
                 max_tokens=ask.max_tokens,
                 temperature=ask.temperature,
                 options=ask.options,
+                whole=ask.whole,
                 answering=answering,
             )
             async with aclosing(stream):

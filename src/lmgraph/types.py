@@ -31,6 +31,8 @@ class Ask:
     """further options of OpenAI's chat completions (top_p, stop, seed, n, tools, ...), for workers that know them"""
     needs: frozenset[str] = frozenset()
     """modalities besides text (image, audio) that the node must accept"""
+    whole: bool = False
+    """nobody looks at the answer before it is there whole"""
     stay: str = ""
     """the node that answered the turn before this one: kept unless the new turn clearly belongs elsewhere"""
 

@@ -48,7 +48,7 @@ class Answering:
             stream = _replay(self.kept) if self.kept else runtime.answer(self.talk.ask, self._decided, self._at)
             async with aclosing(stream):
                 first = await self._first(stream)
-                metrics.first.observe(time.perf_counter() - began)
+                metrics.first_piece.observe(time.perf_counter() - began)
                 await self._deliver(first, stream)
         except OutsideError:
             if self.node:
@@ -59,7 +59,7 @@ class Answering:
                 loads[self.node].active -= 1
         if self.decision:
             metrics.decision.observe(self.decision.tokenise_ms / 1e3 + self.decision.prefill_ms / 1e3 + self.decision.decode_ms / 1e3)
-        metrics.total.observe(time.perf_counter() - began)
+        metrics.answer.observe(time.perf_counter() - began)
 
     def _at(self, node: str) -> None:
         """The node that works on it now."""

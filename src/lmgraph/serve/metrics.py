@@ -5,12 +5,14 @@ The gateway runs on one thread, so counters are plain numbers; the client librar
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
@@ -27,6 +29,27 @@ GAUGES = {
     "store_up": "1: the store works, 0: answers go on without it",
     "turns_dropped": "Turns that were not kept because the store was down",
 }
+
+
+TIMES = {
+    "decision": "Choosing a node and rewriting the query",
+    "first_piece": "From the request to the first piece of the answer",
+    "answer": "From the request to the end of the answer",
+}
+
+
+class Times:
+    """How often something took how long."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS) + 1)
+        """not summed up: by the bucket that a time falls into"""
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum += seconds
 
 
 @dataclass
@@ -60,12 +83,7 @@ class Metrics(Collector):
         self.turns_dropped = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self.decision = self._histogram("decision", "Choosing a node and rewriting the query")
-        self.first = self._histogram("first_piece", "From the request to the first piece of the answer")
-        self.total = self._histogram("answer", "From the request to the end of the answer")
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"lmgraph_{name}_seconds", text, buckets=SECONDS, registry=self._registry)
+        self.decision, self.first_piece, self.answer = Times(), Times(), Times()
 
     def collect(self) -> Iterator[Metric]:
         """The counters as the client library wants them."""
@@ -74,6 +92,11 @@ class Metrics(Collector):
             for values, count in getattr(self, name).items():
                 family.add_metric(values, count)
             yield family
+        for name, text in TIMES.items():
+            times: Times = getattr(self, name)
+            names = (*(str(float(limit)) for limit in SECONDS), "+Inf")
+            buckets = list(zip(names, accumulate(times.counts)))
+            yield HistogramMetricFamily(f"lmgraph_{name}_seconds", text, buckets=buckets, sum_value=times.sum)
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(f"lmgraph_{name}", text, value=float(getattr(self, name)))
 

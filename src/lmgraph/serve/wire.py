@@ -102,6 +102,7 @@ def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
         temperature=number(given, "temperature", 0, 2),
         options={name: value for name, value in given.items() if value is not None},
         needs=frozenset(needs),
+        whole=not stream,
     )
     return Chat(ask, stream, stream_options.get("include_usage") is True, trace, conversation, progress and stream)
 

@@ -18,9 +18,11 @@ class Worker(Protocol):
         max_tokens: int,
         temperature: float | None = None,
         options: Mapping[str, Any] | None = None,
+        whole: bool = False,
     ) -> AsyncIterator[Delta]:
         """Pieces of one answer; the last has `done` set. Raises WorkerError, WorkerTimeout or EngineError.
 
+        `whole`: nobody looks at the pieces before the last one is there.
         `options` are further options of OpenAI's chat completions; raises QueryError for one that this worker does not know.
         """
         ...

@@ -50,7 +50,13 @@ class EmbeddedWorker:
         self._temperature = default_temperature
 
     async def stream(
-        self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None, options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float | None = None,
+        options: Mapping[str, Any] | None = None,
+        whole: bool = False,
     ) -> AsyncIterator[Delta]:
         heat = temperature if temperature is not None else self._temperature if self._temperature is not None else 0.0
         _check(options or {}, greedy=heat == 0)

@@ -45,7 +45,8 @@ OWN = {"model", "messages", "stream", "stream_options", "max_tokens", "temperatu
 class OpenAIWorker:
     """Talks to `urls` (each ending in /v1) about `model`; the key comes from the environment variable `key_env`.
 
-    `timeout_s` bounds the time until the first piece of an answer and between two pieces. `pick(n)`: a random number below n.
+    `timeout_s` bounds the time until the first piece of an answer and between two pieces. Without `always_stream`, an answer that
+    nobody needs in pieces is asked for whole, and that is its one piece. `pick(n)`: a random number below n.
     """
 
     def __init__(
@@ -57,20 +58,27 @@ class OpenAIWorker:
         key_env: str = "",
         timeout_s: float = 120,
         temperature: float | None = None,
+        always_stream: bool = True,
         environment: Mapping[str, str] = os.environ,
         pick: Callable[[int], int] = random.randrange,
     ) -> None:
         self._replicas = Replicas([url.rstrip("/") for url in urls], pick)
         self._model, self._system, self._temperature, self._timeout = model, system, temperature, timeout_s
-        self._key_env, self._environment = key_env, environment
+        self._key_env, self._environment, self._always_stream = key_env, environment, always_stream
         self._client = Client(connect_s=min(timeout_s, CONNECT_S), idle_s=KEPT_S)
         self._targets: dict[tuple[str, str], Target] = {}
 
     async def stream(
-        self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None, options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float | None = None,
+        options: Mapping[str, Any] | None = None,
+        whole: bool = False,
     ) -> AsyncIterator[Delta]:
         key = self._key()
-        body = self._body(messages, max_tokens, temperature, options or {})
+        body = self._body(messages, max_tokens, temperature, options or {}, streamed=self._always_stream or not whole)
         tried: list[Replica] = []
         last: Exception | None = None
         while (replica := self._replicas.choose(time.monotonic(), tried)) is not None:
@@ -133,12 +141,16 @@ class OpenAIWorker:
             target = self._targets[replica.url, key] = prepare(f"{replica.url}/chat/completions", headers)
         return await self._client.post(target, body, silence_s=self._timeout)
 
-    def _body(self, messages: Sequence[Message], max_tokens: int, temperature: float | None, options: Mapping[str, Any]) -> bytes:
+    def _body(
+        self, messages: Sequence[Message], max_tokens: int, temperature: float | None, options: Mapping[str, Any], streamed: bool
+    ) -> bytes:
         turns = [dict(m.raw) if m.raw is not None else {"role": m.role, "content": m.content} for m in messages]
         if self._system:
             turns = [{"role": "system", "content": self._system}, *(t for t in turns if t.get("role") != "system")]
         body: dict[str, Any] = {name: value for name, value in options.items() if name not in OWN}
-        body.update(model=self._model, messages=turns, stream=True, stream_options={"include_usage": True})
+        body.update(model=self._model, messages=turns)
+        if streamed:
+            body.update(stream=True, stream_options={"include_usage": True})
         if body.get("max_completion_tokens") is None:  # the newer name of the same; servers refuse both together
             body["max_tokens"] = max_tokens
         heat = temperature if temperature is not None else self._temperature

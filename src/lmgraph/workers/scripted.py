@@ -20,7 +20,13 @@ class ScriptedWorker:
         self.asked: list[tuple[Message, ...]] = []
 
     async def stream(
-        self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None, options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float | None = None,
+        options: Mapping[str, Any] | None = None,
+        whole: bool = False,
     ) -> AsyncIterator[Delta]:
         self.asked.append(tuple(messages))
         request = messages[-1].content
