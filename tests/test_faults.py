@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import resource
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ import openai
 import pytest
 
 from conftest import Address, say, serving, toy_graph
+from lmgraph.serve import http as serve_http
 from test_store import RedisServer
 
 BEFORE = {"status 500": 502, "status 429": 502, "garbage": 502, "empty": 502, "silence": 504}
@@ -172,6 +174,44 @@ def test_a_client_that_leaves_stops_its_worker(address: Address, upstream: Upstr
     assert upstream.left.wait(30), "the worker would have written for ever"
     while httpx.get(f"{address}/v1/live").json()["nodes"]["math"]["active"]:
         pass
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_client_that_has_its_whole_answer_has_not_left(monkeypatch: pytest.MonkeyPatch, answered: bool) -> None:
+    """ASGI says that the client is gone as soon as a response is over; what is left to do after it (keeping the answer) must be done."""
+    monkeypatch.setattr(serve_http, "WATCH_S", 0.0)
+    ended: list[str] = []
+
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(event: MutableMapping[str, Any]) -> None:
+            if event["type"] == "http.response.body" and not event["more_body"]:
+                gone.set()
+
+        async def work() -> None:
+            for _ in range(20):  # until the client is watched
+                await asyncio.sleep(0.001)
+            if answered:
+                await request.respond(200, b"all")
+            else:
+                gone.set()
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            ended.append("work")
+
+        request = serve_http.Request({"method": "POST", "path": "/", "headers": []}, receive, send)
+        try:
+            await request.while_there(work())
+        except serve_http.Gone:
+            ended.append("gone")
+
+    asyncio.run(main())
+    assert ended == (["work"] if answered else ["gone"])
 
 
 def test_all_replicas_die_and_come_back(toy_master: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ import aiohttp
 import yaml
 from run import HERE, machine, running
 
-from lmgraph import runtime, settings
+from lmgraph import files, runtime, settings
 from lmgraph.train import examples
 
 LEAST, CACHE_MOST = 0.9, 1 / 20
@@ -41,7 +41,7 @@ READY_S = 300.0
 
 def graph(upstream: str, rewrite: str) -> str:
     """The built-in graph with the mock behind every node."""
-    given = yaml.safe_load(runtime.builtin_graph())
+    given = yaml.safe_load(files.builtin_graph())
     for node in given["nodes"].values():
         node |= {"worker": {"kind": "openai", "urls": [f"{upstream}/v1"], "model": "mock"}, "rewrite": rewrite}
     return yaml.safe_dump(given, sort_keys=False)
@@ -117,7 +117,7 @@ async def cache(http: aiohttp.ClientSession, queries: Sequence[str]) -> dict[str
         for expected in ("miss", "hit"):
             _, said, took = await post(http, "/v1/chat/completions", chat)
             if said != expected:
-                raise SystemExit(f"The cache said {said!r}, expected {expected!r}.")
+                raise SystemExit(f"The cache said {said!r}, expected {expected!r}: {query!r}")
             times[expected].append(took)
     out: dict[str, Any] = {f"{name}_ms": round(statistics.median(values), 3) for name, values in times.items()}
     share = out["hit_ms"] / out["decision_ms"]

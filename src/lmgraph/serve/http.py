@@ -50,7 +50,7 @@ class Gone(Exception):
 class Request:
     """One HTTP request on its way. `began` is on the clock of time.perf_counter, `status` 0 until an answer has begun."""
 
-    __slots__ = ("began", "headers", "id", "key", "last_words", "method", "node", "path", "receive", "scope", "send", "status")
+    __slots__ = ("began", "headers", "id", "key", "last_words", "method", "node", "over", "path", "receive", "scope", "send", "status")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.receive, self.send = scope, receive, send
@@ -61,6 +61,8 @@ class Request:
         self.id = given.decode() if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # a name, no secret
         self.began = time.perf_counter()
         self.status = 0
+        self.over = False
+        """the last piece of the answer is on its way"""
         self.key = ""
         """id of the API key that was shown, '' for none"""
         self.node = ""
@@ -109,6 +111,7 @@ class Request:
 
     async def piece(self, body: bytes, more: bool = True) -> None:
         """Send a piece of the body."""
+        self.over = not more
         await self.send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def respond(self, status: int, body: bytes, headers: Headers | None = None, kind: bytes = b"application/json") -> None:
@@ -142,7 +145,7 @@ class Request:
         def watch() -> None:
             nonlocal leaving
             leaving = asyncio.create_task(self._left())
-            leaving.add_done_callback(lambda done: done.cancelled() or (task and task.cancel()))
+            leaving.add_done_callback(lambda done: done.cancelled() or self.over or (task and task.cancel()))
 
         timer = asyncio.get_running_loop().call_later(WATCH_S, watch)
         try:

@@ -44,7 +44,8 @@ class Turn:
     trace: Mapping[str, Any] = field(default_factory=dict)
     """`Trace.to_json()`"""
     created: float = field(default_factory=time.time)
-    id: str = field(default_factory=lambda: f"{random.getrandbits(128):032x}")
+    id: str = field(default_factory=lambda: f"{time.time_ns():016x}{random.getrandbits(64):016x}")
+    """ordered by time: what is written together then lies together in an index"""
     title: str = ""
     """what a list of conversations shows; the first turn's counts"""
 
