@@ -195,13 +195,13 @@ def test_a_client_that_has_its_whole_answer_has_not_left(monkeypatch: pytest.Mon
 
         async def work() -> None:
             for _ in range(20):  # until the client is watched
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0)
             if answered:
                 await request.respond(200, b"all")
             else:
                 gone.set()
             for _ in range(20):
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0)
             ended.append("work")
 
         request = serve_http.Request({"method": "POST", "path": "/", "headers": []}, receive, send)

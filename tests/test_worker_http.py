@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,7 @@ def test_an_answer_is_the_same_however_it_is_cut(pieces: list[bytes], cuts: list
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     whole = head + b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\ntrailer: x\r\n\r\n"
     ends = sorted({min(c, len(whole)) for c in cuts} | {0, len(whole)})
-    server = Server([whole[a:b] for a, b in zip(ends, ends[1:])], PLAIN)
+    server = Server([whole[a:b] for a, b in pairwise(ends)], PLAIN)
     assert asked(server, 2) == [b"".join(pieces), b"hello"] and server.connections == 1
 
 
