@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
-    "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "settings",
+    "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "quickjson", "settings",
     "assets", "bundles", "graphedit", "engine", "workers.base", "workers.scripted", "workers.embedded",
     "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
@@ -20,11 +20,11 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
 ]
 HOMES = {
     "xllamacpp": {"engine"}, "torch": {"train.model", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
-    "httpx": {"assets"}, "httptools": {"workers.http"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "train.tiny", "train.heads", "cli.training"}, "safetensors": {"bundles", "train.tune"},
+    "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "train.tiny", "train.heads", "cli.training"}, "safetensors": {"bundles", "train.tune"},
     "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.report"},
 }
-PURE = {"errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi"}
+PURE = {"errors", "quickjson", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
 LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.report"}
 BUDGET = 360

@@ -74,7 +74,14 @@ def serve(
         guard = Guard(kept, required=required, local=loopback(host))
         app = Gateway(runtime, kept, guard, editor, Limits(body_bytes=max_body, active=max_active), open_tracing(os.environ))
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=30, server_header=False, date_header=False
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=30,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,  # nothing here depends on a client's address
         )
         uvicorn.Server(config).run([listener])
 

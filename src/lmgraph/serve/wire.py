@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lmgraph import quickjson
 from lmgraph.errors import (
     AssetError,
     GraphError,
@@ -354,4 +355,4 @@ def error_event(failure: LmgraphError) -> bytes:
     return b"data: " + error(failure) + b"\n\n"
 
 
-_dump = json.JSONEncoder(separators=(",", ":")).encode
+_dump = quickjson.dumps

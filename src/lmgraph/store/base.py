@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from lmgraph import quickjson
 from lmgraph.errors import SettingsError, StoreError
-
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def plain(text: str) -> str:
@@ -60,7 +59,7 @@ class Turn:
 
 def write_turn(turn: Turn) -> str:
     """A turn as a store keeps it: one line of JSON."""
-    return _encode(turn.to_json())
+    return quickjson.dumps(turn.to_json())
 
 
 def read_turn(text: str | bytes) -> Turn:

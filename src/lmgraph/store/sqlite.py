@@ -7,7 +7,6 @@ own. History is kept until it is forgotten.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lmgraph import quickjson
 from lmgraph.errors import StoreError
 from lmgraph.store.base import ApiKey, Buckets, Conversation, Turn, plain, read_turn, write_turn
 from lmgraph.store.sqlitefile import Desk, Row, Sweeper, connect, explain, migrate
@@ -167,7 +167,7 @@ def _key(row: Any) -> ApiKey:
 
 def _add_turns(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
     """Add turns of (id, conversation, node, body, title, created), those whose id is not there yet."""
-    given = json.dumps(list({row[0]: row for row in reversed(rows)}.values())[::-1])
+    given = quickjson.dumps(list({row[0]: row for row in reversed(rows)}.values())[::-1])
     if "\\u0000" not in given:
         for sql in ALL:
             db.execute(sql, (given,))

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+from lmgraph import quickjson
 from lmgraph.errors import WorkerError, WorkerTimeout
 from lmgraph.types import Delta, Message
 from lmgraph.workers.http import BrokenOff, Client, Connection
@@ -156,7 +157,7 @@ class OpenAIWorker:
         heat = temperature if temperature is not None else self._temperature
         if heat is not None:
             body["temperature"] = heat
-        return json.dumps(body).encode()
+        return quickjson.dumpb(body)
 
     def _key(self) -> str:
         if not self._key_env:

@@ -6,10 +6,10 @@ connection. What is not an answer is refused as a WorkerError that names the ser
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lmgraph import quickjson
 from lmgraph.errors import WorkerError
 from lmgraph.types import Delta
 
@@ -17,8 +17,6 @@ LINE_LIMIT, BODY_LIMIT = 1 << 20, 16 << 20
 """bytes of one line (and of one event), bytes of an answer that is not streamed; a server that sends more is refused"""
 CONTENT = b'"content":"'
 PLAIN_CHOICE, PLAIN_DELTA = frozenset({"index", "delta", "finish_reason"}), frozenset({"role", "content"})
-DECODER = json.JSONDecoder(parse_constant=lambda name: None)
-"""NaN and the like are no JSON, but servers send them as log-probabilities"""
 
 
 class Refusal(WorkerError):
@@ -125,7 +123,7 @@ class Reading:
                 if text is not None:
                     return Delta(text)
                 try:
-                    event = _parse(data)
+                    event = quickjson.loads(data)
                 except ValueError:
                     pass  # garbage, or the first line of several: the blank line will show
                 else:
@@ -188,7 +186,7 @@ class Reading:
         data = b"\n".join(self._data)
         self._data, self._size = [], 0
         try:
-            event = _parse(data)
+            event = quickjson.loads(data)
         except ValueError as error:
             text = data[:300].decode(errors="replace")
             if self._failing:
@@ -264,14 +262,3 @@ def _chunk(completion: Any) -> Any:
             rest = {name: value for name, value in choice.items() if name != "message"}
             chunks.append({**rest, "delta": delta, "finish_reason": choice.get("finish_reason") or "stop"})
     return {**completion, "choices": chunks}
-
-
-def _parse(data: bytes) -> Any:
-    """JSON; raises ValueError. Halves of surrogate pairs, which no UTF-8 can hold, become '?'."""
-    try:
-        event = DECODER.decode(data.decode())
-        if b"\\ud" in data or b"\\uD" in data:
-            event = json.loads(json.dumps(event, ensure_ascii=False).encode(errors="replace"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return event
