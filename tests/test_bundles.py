@@ -14,7 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 from gguf import quants
 
-from lmgraph import bundles
+from lmgraph import bundles, graphfile
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, VocabularyMismatch
 
@@ -139,11 +139,11 @@ def test_the_same_bundle_is_merged_once_and_another_one_anew(toy_bundle: Path, t
 
 
 def test_the_built_in_bundle_fits_the_built_in_graph_and_its_size_is_small() -> None:
-    from lmgraph.files import read_graph
+    from lmgraph.files import builtin_graph
     from lmgraph.master import fits
 
     bundle = bundles.read("mmlu")
-    fits(read_graph(None)[0], bundle.vocabulary)
+    fits(graphfile.loads(builtin_graph()), bundle.vocabulary)
     assert bundle.vocabulary.size == 64
     assert sum(f.stat().st_size for f in bundle.folder.iterdir()) < 25e6
     assert (bundle.folder / "card.md").exists()

@@ -182,7 +182,7 @@ class Acts:
         self.acts, self.asked, self.left = acts, 0, 0
 
     async def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None,
-                     options: Mapping[str, object] | None = None) -> AsyncIterator[Delta]:
+                     options: Mapping[str, object] | None = None, whole: bool = False) -> AsyncIterator[Delta]:
         self.asked += 1
         try:
             for act in self.acts:

@@ -10,6 +10,7 @@ import asyncio
 import queue
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -223,7 +224,15 @@ def migrate(db: sqlite3.Connection, place: str) -> None:
     db.execute(f"PRAGMA application_id = {APPLICATION}")
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     db.execute("COMMIT")
-    db.execute("PRAGMA journal_mode = WAL")
+    until = time.monotonic() + OPEN_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError:  # SQLite does not wait here for others who open the file just now
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
     db.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
 
 
