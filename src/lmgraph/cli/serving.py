@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -83,6 +84,9 @@ def serve(
             date_header=False,
             proxy_headers=False,  # nothing here depends on a client's address
         )
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: the collector need not look at it again and again
+        gc.set_threshold(5_000, 20, 50)
         uvicorn.Server(config).run([listener])
 
 
