@@ -46,25 +46,18 @@ class Client:
         Raises NoConnection, BrokenOff, asyncio.TimeoutError, OSError (ssl.SSLError among them).
         """
         request = b"%sContent-Length: %d\r\n\r\n%s" % (target.head, len(body), body)
-        while (connection := self._kept(target)) is not None:
+        while True:
+            kept = self._kept(target)
+            connection = kept or await self._connect(target)
             connection.ask(request, silence_s)
             try:
                 await connection.answer()
                 return connection
-            except BrokenOff:
-                if connection.heard:
-                    raise  # else it was closed before it took this request: on a fresh one
-            except BaseException:
+            except BaseException as error:
                 connection.close()
+                if kept and isinstance(error, BrokenOff) and not connection.heard:
+                    continue  # it had been closed before it took this request: on another one
                 raise
-        connection = await self._connect(target)
-        connection.ask(request, silence_s)
-        try:
-            await connection.answer()
-        except BaseException:
-            connection.close()
-            raise
-        return connection
 
     def close(self) -> None:
         """Close every connection; answers under way break off."""
