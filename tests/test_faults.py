@@ -22,6 +22,8 @@ import pytest
 
 from conftest import Address, say, serving, toy_graph
 from lmgraph.serve import http as serve_http
+from lmgraph.store import open_store
+from lmgraph.store.base import ApiKey
 from test_store import RedisServer
 
 BEFORE = {"status 500": 502, "status 429": 502, "garbage": 502, "empty": 502, "silence": 504}
@@ -289,6 +291,35 @@ def test_a_dead_redis_takes_no_answer_with_it_and_is_used_again_when_it_is_back(
             pass
         assert chat("after").status_code == 200 and http.get("/v1/history/after").status_code == 200
         assert "lmgraph_turns_dropped 1.0" in http.get("/metrics").text
+
+
+def test_a_keys_concurrent_requests_are_counted_over_all_gateways_of_a_redis(toy_master: Path, upstream: Upstream, tmp_path: Path) -> None:
+    key, secret = ApiKey.make("ann", concurrent=1)
+    server = RedisServer(tmp_path)
+    graph = faulty(toy_master, upstream.url, timeout_s=60)
+    with ExitStack() as stack:
+        stack.callback(server.stop)
+
+        async def add() -> None:
+            store = open_store(server.url)
+            await store.add_key(key)
+            await store.close()
+
+        asyncio.run(add())
+        one, other = (
+            stack.enter_context(httpx.Client(base_url=stack.enter_context(serving(graph, tmp_path, store=server.url)), timeout=60,
+                                             headers={"authorization": f"Bearer {secret}"}))
+            for _ in range(2)
+        )
+
+        def ask() -> int:
+            return other.post("/v1/chat/completions", json={"model": "lmgraph/health", "messages": say("hello")}).status_code
+
+        with one.stream("POST", "/v1/chat/completions", json={"model": "lmgraph/math", "messages": say("drip for ever"), "stream": True}) as answer:
+            assert answer.status_code == 200
+            assert ask() == 429
+        while (status := ask()) != 200:  # until the first gateway has seen that its client left
+            assert status == 429
 
 
 @pytest.mark.parametrize("fault", ["hangs", "full"])

@@ -382,6 +382,24 @@ def test_buckets_that_are_full_again_are_not_remembered() -> None:
     assert len(buckets._buckets) <= 10_001
 
 
+def test_a_place_has_so_many_spots_and_those_of_the_dead_become_free(opened: Callable[..., Store]) -> None:
+    async def work(store: Store) -> None:
+        now = 1_790_000_000.25
+
+        async def hold(place: str, holder: str, at: float = 0.0) -> bool:
+            return await store.hold(place, holder, 2, now + at + 60, now + at)
+
+        assert [await hold("p", who) for who in "abcab"] == [True, True, False, True, True]
+        assert await hold("q", "c"), "another place"
+        await store.let_go("p", "a")
+        await store.let_go("p", "nobody")
+        assert [await hold("p", who) for who in "cd"] == [True, False]
+        assert await hold("p", "b", 30) and not await hold("p", "d", 59)
+        assert [await hold("p", who, 61) for who in "de"] == [True, False], "the time of c is over, that of b was made longer"
+
+    use(opened(), work)
+
+
 # the contract: living and dying
 
 

@@ -154,6 +154,21 @@ def test_a_silent_server_is_a_timeout_and_loses_its_connection(said: bytes) -> N
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("before", [(), (PLAIN,)])
+def test_an_answer_that_cannot_be_read_closes_its_connection(before: tuple[bytes, ...]) -> None:
+    async def work() -> None:
+        server = Server(*before, b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 9\r\n\r\nx", stays=True)
+        async with listening(server) as port, client() as made:
+            for _ in before:
+                await ask(made, f"http://127.0.0.1:{port}/")
+            with pytest.raises(BrokenOff):
+                await ask(made, f"http://127.0.0.1:{port}/")
+            await server.gone.wait()
+            assert server.connections == 1
+
+    asyncio.run(work())
+
+
 def test_nobody_there_is_an_error_and_nobody_in_time_too() -> None:
     async def work() -> None:
         async with client(connect_s=0) as made:

@@ -42,7 +42,7 @@ def keys() -> None:
 @click.argument("name")
 @click.option("--admin", is_flag=True, help="may change the graph, empty the cache and read everybody's history")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="requests a minute (default: no limit)")
-@click.option("--concurrent", type=click.IntRange(1), help="requests at the same time, for each gateway (default: no limit)")
+@click.option("--concurrent", type=click.IntRange(1), help="requests at the same time (default: no limit)")
 @STORE
 @JSON
 def create(name: str, admin: bool, rate: float | None, concurrent: int | None, store: str | None, as_json: bool) -> None:

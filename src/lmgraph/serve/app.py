@@ -12,8 +12,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from lmgraph import __version__
@@ -131,11 +131,11 @@ class Gateway:
             if LOG.isEnabledFor(logging.INFO):
                 LOG.info(_line(request, path if known else "other"))
 
-    @contextmanager
-    def _place(self, key: ApiKey | None) -> Iterator[None]:
+    @asynccontextmanager
+    async def _place(self, key: ApiKey | None) -> AsyncIterator[None]:
         if self.metrics.active >= self.limits.active:
             raise RequestError(f"{self.metrics.active} answers are in the making; try again.", code="overloaded", status=429)
-        with self.guard.place(key):
+        async with self.guard.place(key):
             self.metrics.active += 1
             try:
                 yield
@@ -147,13 +147,13 @@ class Gateway:
     async def _chat(self, request: Request, key: ApiKey | None) -> None:
         await self.guard.spend(key)
         chat = wire.parse_chat(await request.body(self.limits), self.runtime.graph.nodes)
-        with self._place(key):
+        async with self._place(key):
             await request.while_there(self._answer(request, chat))
 
     async def _responses(self, request: Request, key: ApiKey | None) -> None:
         await self.guard.spend(key)
         call = responses.parse(await request.body(self.limits), self.runtime.graph.nodes)
-        with self._place(key):
+        async with self._place(key):
             await request.while_there(self._respond(request, call))
 
     async def _respond(self, request: Request, call: responses.Call) -> None:
@@ -202,7 +202,7 @@ class Gateway:
     async def _route(self, request: Request, key: ApiKey | None) -> None:
         await self.guard.spend(key)
         queries, batch = wire.parse_route(await request.body(self.limits))
-        with self._place(key):
+        async with self._place(key):
             found = [d.to_json() for d in await request.while_there(self.runtime.decide_all(queries))]
         await request.say({"object": "list", "data": found} if batch else found[0])
 

@@ -6,12 +6,13 @@ down lets in whoever was seen a moment ago, and nobody else.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
+import random
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 from lmgraph.errors import RequestError
@@ -23,6 +24,8 @@ SECRET = "lmg-"
 REMEMBER_S = 5.0
 """how long a key that was found is not looked up again: a revoked one lets go after that many seconds"""
 MANY = 10_000
+HOLD_S = 60.0
+"""how long a request that died with its gateway still counts among a key's concurrent ones"""
 BURST_S = 10.0
 """a rate's bucket holds what comes in so many seconds"""
 
@@ -34,7 +37,6 @@ class Guard:
         self.required, self.local = required, local and not required
         self._store = store
         self._known: dict[str, tuple[ApiKey, float]] = {}
-        self._active: Counter[str] = Counter()
 
     async def enter(self, request: Request) -> ApiKey | None:
         """The key that was shown. Raises RequestError (401, 403), StoreError when keys cannot be looked up."""
@@ -103,23 +105,34 @@ class Guard:
                 retry_after_s=wait,
             )
 
-    @contextmanager
-    def place(self, key: ApiKey | None) -> Iterator[None]:
-        """Hold one of the key's places (of this gateway). Raises RequestError (429) when all are taken."""
+    @asynccontextmanager
+    async def place(self, key: ApiKey | None) -> AsyncIterator[None]:
+        """Hold one of the key's places, shared by all gateways on a Redis. Raises RequestError (429) when all are taken."""
         if key is None or key.concurrent is None:
             yield
             return
-        if self._active[key.id] >= key.concurrent:
-            raise RequestError(
-                f"The key {key.name!r} may have {key.concurrent} requests at the same time.", code="rate_limit", status=429
-            )
-        self._active[key.id] += 1
+        name, holder, limit = f"key:{key.id}", f"{random.getrandbits(128):032x}", key.concurrent
+
+        async def hold() -> bool:
+            now = time.time()
+            return await self._store.hold(name, holder, limit, now + HOLD_S, now)
+
+        async def stay() -> None:
+            while True:
+                await hold()
+                await asyncio.sleep(HOLD_S / 2)
+
+        if not await hold():
+            raise RequestError(f"The key {key.name!r} may have {limit} requests at the same time.", code="rate_limit", status=429)
+        staying: list[asyncio.Task[None]] = []
+        timer = asyncio.get_running_loop().call_later(HOLD_S / 2, lambda: staying.append(asyncio.create_task(stay())))
         try:
             yield
         finally:
-            self._active[key.id] -= 1
-            if not self._active[key.id]:
-                del self._active[key.id]
+            timer.cancel()
+            for task in staying:
+                task.cancel()
+            await self._store.let_go(name, holder)
 
 
 def loopback(host: str) -> bool:

@@ -183,6 +183,17 @@ class Store(Protocol):
         """
         ...
 
+    async def hold(self, place: str, holder: str, limit: int, until: float, now: float) -> bool:
+        """Hold one of the `limit` spots of a place until then; False when all are held. Who holds one already may hold it longer.
+
+        Times are Unix seconds. A spot that nobody gave back is free again when its time is over: its holder may have died.
+        """
+        ...
+
+    async def let_go(self, place: str, holder: str) -> None:
+        """Give a spot back; of one that is not held nothing is said."""
+        ...
+
     async def ping(self) -> None:
         """Write and read something small: returns when the store works."""
         ...
@@ -227,3 +238,28 @@ class Buckets:
             self._buckets = {name: b for name, b in self._buckets.items() if b[2] > now}
             self._many = max(FEW, 2 * len(self._buckets))
         return wait
+
+
+class Spots:
+    """Spots of places in this process's memory."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[str, float]] = {}
+
+    def hold(self, place: str, holder: str, limit: int, until: float, now: float) -> bool:
+        """As `Store.hold`."""
+        held = self._held.setdefault(place, {})
+        if holder not in held and len(held) >= limit:
+            for name in [name for name, end in held.items() if end <= now]:
+                del held[name]
+            if len(held) >= limit:
+                return False
+        held[holder] = until
+        return True
+
+    def let_go(self, place: str, holder: str) -> None:
+        """As `Store.let_go`."""
+        held = self._held.get(place, {})
+        held.pop(holder, None)
+        if not held:
+            self._held.pop(place, None)

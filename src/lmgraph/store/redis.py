@@ -116,6 +116,15 @@ redis.call('PEXPIRE', bucket, math.ceil((burst - tokens) / per_second * 1000) + 
 return string.format('%.17g', wait)
 """
 
+HOLD = """
+local place, limit, now = 'lmgraph:held:' .. ARGV[1], ARGV[3] + 0, ARGV[5] + 0
+redis.call('ZREMRANGEBYSCORE', place, '-inf', ARGV[5])
+if not redis.call('ZSCORE', place, ARGV[2]) and redis.call('ZCARD', place) >= limit then return 0 end
+redis.call('ZADD', place, ARGV[4], ARGV[2])
+redis.call('PEXPIRE', place, math.max(1, math.ceil((ARGV[4] - now) * 1000)) + 60000)
+return 1
+"""
+
 
 class RedisStore:
     """A `Store` in Redis. It connects when first asked. `history_s` is how long a conversation stays after its last turn."""
@@ -153,8 +162,8 @@ class RedisStore:
                 "The address of the Redis store cannot be read.", "Expected redis://[[user]:password@]host[:port][/database]."
             ) from None
         self._client = Redis.from_pool(pool)
-        self._append, self._forget, self._keep, self._purge, self._take = (
-            self._client.register_script(lua) for lua in (APPEND, FORGET + "return forget(ARGV[1])", KEEP, PURGE, TAKE)
+        self._append, self._forget, self._keep, self._purge, self._take, self._hold = (
+            self._client.register_script(lua) for lua in (APPEND, FORGET + "return forget(ARGV[1])", KEEP, PURGE, TAKE, HOLD)
         )
 
     async def append(self, turn: Turn) -> None:
@@ -240,6 +249,14 @@ class RedisStore:
     async def take(self, bucket: str, rate_per_minute: float, burst: int, now: float) -> float:
         """As `Store.take`, shared by all who use this Redis."""
         return float(await self._run(self._take, bucket, gain(rate_per_minute, burst), burst, repr(now), ROUNDING))
+
+    async def hold(self, place: str, holder: str, limit: int, until: float, now: float) -> bool:
+        """As `Store.hold`, shared by all who use this Redis."""
+        return bool(await self._run(self._hold, place, holder, limit, repr(until), repr(now)))
+
+    async def let_go(self, place: str, holder: str) -> None:
+        """As `Store.let_go`."""
+        await self._ask(("ZREM", f"lmgraph:held:{place}", holder))
 
     async def ping(self) -> None:
         """As `Store.ping`."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from lmgraph.errors import StoreError
-from lmgraph.store.base import ApiKey, Buckets, Conversation, Store, Turn
+from lmgraph.store.base import ApiKey, Buckets, Conversation, Spots, Store, Turn
 
 T = TypeVar("T")
 REMEMBER_S = 60.0
@@ -27,7 +27,7 @@ class Shielded:
 
     def __init__(self, store: Store, *, every_s: float = 1.0) -> None:
         self._store, self._every_s = store, every_s
-        self._buckets = Buckets()
+        self._buckets, self._spots = Buckets(), Spots()
         self._seen: dict[str, tuple[ApiKey, float]] = {}  # digest -> key, when it was seen; no more entries than there are keys
         self._error: StoreError | None = None
         self._waiting: asyncio.Task[None] | None = None
@@ -120,6 +120,18 @@ class Shielded:
         with suppress(StoreError):
             return await self._try(self._store.take(bucket, rate_per_minute, burst, now))
         return self._buckets.take(bucket, rate_per_minute, burst, now)
+
+    async def hold(self, place: str, holder: str, limit: int, until: float, now: float) -> bool:
+        """As `Store.hold`; a spot of this process while the store is down."""
+        with suppress(StoreError):
+            return await self._try(self._store.hold(place, holder, limit, until, now))
+        return self._spots.hold(place, holder, limit, until, now)
+
+    async def let_go(self, place: str, holder: str) -> None:
+        """As `Store.let_go`; while the store is down, a spot that it held is free when its time is over."""
+        self._spots.let_go(place, holder)
+        with suppress(StoreError):
+            await self._try(self._store.let_go(place, holder))
 
     async def ping(self) -> None:
         """As `Store.ping`. Raises StoreError at once while the store is down."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from lmgraph import quickjson
 from lmgraph.errors import StoreError
-from lmgraph.store.base import ApiKey, Buckets, Conversation, Turn, plain, read_turn, write_turn
+from lmgraph.store.base import ApiKey, Buckets, Conversation, Spots, Turn, plain, read_turn, write_turn
 from lmgraph.store.sqlitefile import Desk, Row, Sweeper, connect, explain, migrate
 
 KEY = "id, name, digest, created, revoked, rate_per_minute, concurrent, admin"
@@ -38,7 +38,7 @@ class SqliteStore:
     def __init__(self, writer: Desk, reader: Desk, sweeper: Sweeper | None, cache_entries: int, cache_bytes: int) -> None:
         self._writer, self._reader, self._sweeper = writer, reader, sweeper
         self._cache_entries, self._cache_bytes = cache_entries, cache_bytes
-        self._buckets = Buckets()
+        self._buckets, self._spots = Buckets(), Spots()
 
     @classmethod
     def open(cls, path: Path | str, *, cache_entries: int = 10_000, cache_bytes: int = 64 << 20) -> SqliteStore:
@@ -144,6 +144,14 @@ class SqliteStore:
     async def take(self, bucket: str, rate_per_minute: float, burst: int, now: float) -> float:
         """As `Store.take`, for this process alone."""
         return self._buckets.take(bucket, rate_per_minute, burst, now)
+
+    async def hold(self, place: str, holder: str, limit: int, until: float, now: float) -> bool:
+        """As `Store.hold`, for this process alone."""
+        return self._spots.hold(place, holder, limit, until, now)
+
+    async def let_go(self, place: str, holder: str) -> None:
+        """As `Store.let_go`."""
+        self._spots.let_go(place, holder)
 
     async def ping(self) -> None:
         """As `Store.ping`."""
