@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/second_reader.py
 
-The reader (a language model) saw the queries and what each node is for (`docs/log.md`), no labels. `also`: a second node that it found equally right.
+The reader (a language model) saw the queries and what each node is for (docs/log.md), no labels. `also`: a second node that it found
+equally right.
 """
 
 from __future__ import annotations
