@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,10 @@ import openai
 import pytest
 
 from conftest import say, serving, toy_graph
+from lmgraph.errors import RequestError
+from lmgraph.serve import guard
+from lmgraph.store import open_store
+from lmgraph.store.base import ApiKey
 
 
 def make_key(store: str, *arguments: str) -> dict[str, Any]:
@@ -197,6 +203,29 @@ def test_a_rate_is_a_429_that_says_when(house: House) -> None:
     assert [a.status_code for a in answers][:2] == [200, 200]
     refused = next(a for a in answers if a.status_code == 429)
     assert 1 <= int(refused.headers["retry-after"]) <= 5 and refused.json()["error"]["code"] == "rate_limit"
+
+
+def test_a_long_answer_holds_its_place_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "HOLD_S", 0.1)
+    key, _ = ApiKey.make("ann", concurrent=1)
+
+    async def work() -> None:
+        store = open_store("sqlite://")
+        one, other = guard.Guard(store, required=True, local=False), guard.Guard(store, required=True, local=False)
+        async with one.place(key):
+            until, tries = time.monotonic() + 0.5, 0
+            while time.monotonic() < until:  # far longer than a place is held at once
+                with pytest.raises(RequestError, match="at the same time"):
+                    async with other.place(key):
+                        pass
+                tries += 1
+                await asyncio.sleep(0.005)
+            assert tries > 10
+        async with other.place(key):
+            pass
+        await store.close()
+
+    asyncio.run(work())
 
 
 def test_pages_of_other_sites_and_names_that_point_here_are_refused(house: House) -> None:
