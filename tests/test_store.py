@@ -433,7 +433,7 @@ def test_what_was_kept_is_there_after_opening_again(opened: Callable[..., Store]
 
 def test_a_closed_file_refuses_and_pending_writes_are_kept(tmp_path: Path) -> None:
     async def work(store: Store) -> None:
-        pending = [asyncio.create_task(store.append(a_turn(i))) for i in range(50)]
+        pending = [asyncio.create_task(store.append(a_turn(i))) for i in range(2500)]  # more than one transaction takes
         await asyncio.sleep(0)
         await store.close()
         await asyncio.gather(*pending)
@@ -445,7 +445,7 @@ def test_a_closed_file_refuses_and_pending_writes_are_kept(tmp_path: Path) -> No
     use(SqliteStore.open(tmp_path / "s.db"), work)
 
     async def look(store: Store) -> None:
-        assert len(await store.turns("c", 99)) == 50
+        assert len(await store.turns("c", 9999)) == 2500
 
     use(SqliteStore.open(tmp_path / "s.db"), look)
     assert (tmp_path / "s.db").stat().st_mode & 0o077 == 0, "others may read what people asked"

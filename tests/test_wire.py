@@ -107,3 +107,7 @@ def test_the_text_of_parts_is_read_and_the_message_kept_as_it_is() -> None:
 @pytest.mark.parametrize(("model", "node"), [("lmgraph", None), ("lmgraph/law", "law")])
 def test_the_model_field_pins_a_node(model: str, node: str | None) -> None:
     assert wire.node_of(model, ["law"]) == node
+
+
+def test_a_body_may_begin_with_a_byte_order_mark() -> None:
+    assert wire.load(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}

@@ -75,7 +75,7 @@ def train() -> None:
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
     show_default=True,
-    help="of the matrix products; auto: bf16 where the processor has instructions for it (half the time)",
+    help="of the matrix products; auto: bf16 where the processor has instructions for it (less than half the time)",
 )
 @click.option(
     "--recipe", "recipe_file", type=click.Path(path_type=Path, exists=True), help="recipe.json of another run; options given here win"

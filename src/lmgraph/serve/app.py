@@ -135,12 +135,12 @@ class Gateway:
     async def _place(self, key: ApiKey | None) -> AsyncIterator[None]:
         if self.metrics.active >= self.limits.active:
             raise RequestError(f"{self.metrics.active} answers are in the making; try again.", code="overloaded", status=429)
-        async with self.guard.place(key):
-            self.metrics.active += 1
-            try:
+        self.metrics.active += 1  # before anything is waited for, or a crowd would get past the check
+        try:
+            async with self.guard.place(key):
                 yield
-            finally:
-                self.metrics.active -= 1
+        finally:
+            self.metrics.active -= 1
 
     # ------------------------------------------------------------ answers
 

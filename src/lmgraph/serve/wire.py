@@ -54,7 +54,7 @@ class Chat:
 def load(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises RequestError for anything else: bad UTF-8, NaN, endless numbers, absurd depth."""
     try:
-        value = _decode(body.decode())
+        value = _decode(body.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
     except ValueError as error:

@@ -113,11 +113,11 @@ class Desk:
     def _work(self) -> None:
         with closing(self._connection):
             more = True
-            while more:
+            while more or self._rows:
                 taken = [self._jobs.get()]
                 while len(taken) < TOGETHER and not self._jobs.empty():
                     taken.append(self._jobs.get())
-                more = None not in taken
+                more = more and None not in taken
                 jobs = [job for job in taken if job is not None and job is not ROWS]
                 rows = self._take()
                 results = self._commit([work for work, _ in jobs], [row for row, _ in rows])

@@ -274,6 +274,8 @@ class Connection(asyncio.Protocol):
             self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
+        if self._head:  # of a second answer, which on_message_complete refuses
+            return
         self.status = self._parser.get_status_code()
         if self.status < 200:  # "continue" and the like come before an answer
             self.headers.clear()
