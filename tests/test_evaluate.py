@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lmgraph.errors import AssetError, DataError, SettingsError, WorkerError
-from lmgraph.evaluate import report
-from lmgraph.evaluate.routes import BINS, Row, measure, run, wilson
+from lmgraph.evaluate import report, routes
+from lmgraph.evaluate.routes import Row, measure, run
+from lmgraph.evaluate.statistics import BINS, wilson
 from lmgraph.train.examples import Example
 from lmgraph.types import Decision
 
@@ -327,7 +328,7 @@ def test_a_concurrency_below_one_is_refused() -> None:
 
 def shown(metrics: dict[str, Any]) -> str:
     out = io.StringIO()
-    Console(file=out, width=120, color_system=None).print(report.table(metrics))
+    Console(file=out, width=120, color_system=None).print(report.table(routes.report(metrics, "T", "c")))
     return out.getvalue()
 
 
@@ -337,18 +338,18 @@ def test_the_table_shows_summary_nodes_and_worst_confusions(six: dict[str, Any])
 
 
 def test_the_worst_confusions_are_the_most_frequent_mistakes(six: dict[str, Any]) -> None:
-    assert report.confusions(six) == [("law", "math", 2), ("math", "physics", 1)]
-    assert report.confusions(six, 1) == [("law", "math", 2)]
+    assert routes.confusions(six) == [("law", "math", 2), ("math", "physics", 1)]
+    assert routes.confusions(six, 1) == [("law", "math", 2)]
 
 
 def test_a_perfect_master_and_names_that_look_like_markup_can_be_shown() -> None:
     metrics = measure([row("[red]", "[red]", lang="a|b")], ("[red]",))
     assert "[red]" in shown(metrics) and "none" in shown(metrics)
-    assert "a\\|b" in report.markdown(metrics, "T", "c")
+    assert "a\\|b" in report.markdown(routes.report(metrics, "T", "c"))
 
 
 def test_every_markdown_table_is_rectangular(six: dict[str, Any]) -> None:
-    blocks = [b.splitlines() for b in report.markdown(six, "Two\nlines", "lmgraph eval \\\n  --file x").split("\n\n")]
+    blocks = [b.splitlines() for b in report.markdown(routes.report(six, "Two\nlines", "lmgraph eval \\\n  --file x")).split("\n\n")]
     tables = [b for b in blocks if b[0].startswith("|")]
     assert len(tables) == 7 and all(len({line.count("|") for line in t}) == 1 for t in tables)
     assert ["# Two lines"] in blocks and ["    lmgraph eval \\", "      --file x"] in blocks
@@ -357,29 +358,29 @@ def test_every_markdown_table_is_rectangular(six: dict[str, Any]) -> None:
 def test_write_leaves_whole_files_and_nothing_else(six: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "new" / "report"
-    paths = report.write(six, folder, "Routes — 路由 $x$", "lmgraph eval")
-    assert [p.name for p in paths] == ["report.json", "report.md", "confusion.png", "calibration.png"]
+    paths = report.write(routes.report(six, "Routes — 路由 $x$", "lmgraph eval"), folder)
+    assert [p.name for p in paths] == ["report.json", "report.md", "confusion.svg", "confusion.png", "calibration.svg", "calibration.png"]
     assert sorted(folder.iterdir()) == sorted(paths)
     assert json.loads(paths[0].read_text(encoding="utf-8")) == {"title": "Routes — 路由 $x$", "command": "lmgraph eval", "metrics": six}
-    assert "](confusion.png)" in paths[1].read_text(encoding="utf-8")
-    assert all(p.read_bytes().startswith(PNG) for p in paths[2:])
+    assert "](confusion.svg)" in paths[1].read_text(encoding="utf-8")
+    assert all(p.read_bytes().startswith(PNG if p.suffix == ".png" else b"<?xml") for p in paths[2:])
 
 
 def test_a_place_that_is_taken_is_an_error_of_ours(six: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AssetError, match="cannot be made"):
-        report.write(six, tmp_path / "file", "T", "c")
+        report.write(routes.report(six, "T", "c"), tmp_path / "file")
     (tmp_path / "folder" / "report.json").mkdir(parents=True)
     with pytest.raises(AssetError, match="cannot be written"):
-        report.write(six, tmp_path / "folder", "T", "c")
+        report.write(routes.report(six, "T", "c"), tmp_path / "folder")
 
 
 def test_without_matplotlib_pictures_are_left_out_and_the_report_says_how_to_get_them(six: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(six))
     (tmp_path / "confusion.png").write_bytes(b"of an earlier report")
     program = ("import sys; sys.modules['matplotlib'] = None\n"
-               "import json, pathlib\nfrom lmgraph.evaluate import report\nfolder = pathlib.Path(sys.argv[1])\n"
-               "print([p.name for p in report.write(json.loads((folder / 'metrics.json').read_text()), folder, 'T', 'c')])")
+               "import json, pathlib\nfrom lmgraph.evaluate import report, routes\nfolder = pathlib.Path(sys.argv[1])\n"
+               "print([p.name for p in report.write(routes.report(json.loads((folder / 'metrics.json').read_text()), 'T', 'c'), folder)])")
     done = subprocess.run([sys.executable, "-W", "error", "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['report.json', 'report.md']"

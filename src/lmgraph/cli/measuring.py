@@ -7,11 +7,15 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lmgraph.cli import settings
 from lmgraph.cli.run import GRAPH, JSON
+
+if TYPE_CHECKING:
+    from lmgraph.evaluate.report import Report
 
 
 @click.group()
@@ -63,11 +67,8 @@ async def _routes(
 ) -> None:
     from dataclasses import replace
 
-    from rich.console import Console
-
     from lmgraph.cli.show import Bars
     from lmgraph.errors import DataError
-    from lmgraph.evaluate import report
     from lmgraph.evaluate import routes as measuring
     from lmgraph.files import read_graph
     from lmgraph.runtime import Runtime
@@ -96,11 +97,25 @@ async def _routes(
                 decide, rows, concurrency=concurrency, progress=lambda done, total: bars.progress("routing", done, total)
             )
     metrics = measuring.measure(found, list(given.nodes))
-    command = "lmgraph " + shlex.join(sys.argv[1:])
+    made = measuring.report(metrics, f"Router accuracy on {', '.join(f.name for f in files)}", _command())
+    _give(made, out, as_json)
+
+
+def _command() -> str:
+    """What the user typed, for the report."""
+    return "lmgraph " + shlex.join(sys.argv[1:])
+
+
+def _give(made: Report, out: Path | None, as_json: bool) -> None:
+    """Write the report where asked for, and show it: JSON, or its brief tables."""
+    from rich.console import Console
+
+    from lmgraph.evaluate import report
+
     if out:
-        for file in report.write(metrics, out, f"Router accuracy on {', '.join(f.name for f in files)}", command):
+        for file in report.write(made, out):
             click.echo(f"wrote {file}", err=True)
     if as_json:
-        print(json.dumps(metrics))
+        print(json.dumps(made.metrics))
     else:
-        Console().print(report.table(metrics))
+        Console().print(report.table(made))

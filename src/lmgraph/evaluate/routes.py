@@ -1,34 +1,32 @@
 """Routing quality: ask the master every example, then measure accuracy, calibration, rewrites and latency.
 
-It knows decisions and labels and is given the function that decides. It knows no engine, no files and no way to show numbers:
-`measure` is pure and returns plain data (`report` writes it). Shares are between 0 and 1, intervals are 95 %, times are ms.
+It knows decisions and labels and is given the function that decides. It knows no engine and no files: `measure` is pure and returns
+plain data, `report` says how to show it. Shares are between 0 and 1, intervals are 95 %, times are ms.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from lmgraph.errors import DataError, SettingsError
+from lmgraph.evaluate import pictures
+from lmgraph.evaluate.report import Cells, Picture, Report, Section, interval, percent
+from lmgraph.evaluate.statistics import RESAMPLES, calibration, ratio, share, spread
 from lmgraph.train.examples import Example
 from lmgraph.types import Decision
 
 Decide = Callable[[str], Awaitable[Decision]]
 Progress = Callable[[int, int], None]
 """(examples decided so far, examples in all)"""
-BINS = 15
-"""of the calibration error, as in Guo et al. (2017)"""
-RESAMPLES = 1000
+WORST = 5
 UNLABELLED = "(none)"
 """the group of rows without a language or style"""
-_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -71,22 +69,6 @@ async def run(decide: Decide, examples: Sequence[Example], *, concurrency: int, 
     return [row for row in rows if row is not None]
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """95 % score interval (low, high) of a share of `k` in `n` (E. B. Wilson, JASA 22, 1927); (0, 1) when n is 0.
-
-    With p = k/n and z = 1.96: (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n). Raises ValueError unless 0 <= k <= n.
-    """
-    if not 0 <= k <= n:
-        raise ValueError(f"expected 0 <= k <= n, found k={k}, n={n}")
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = k / n, _Z * _Z
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # p itself always lies inside; min and max only take rounding errors away at k = 0 and k = n
-    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
-
-
 def measure(rows: Sequence[Row], nodes: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """Everything that is reported, as plain data (JSON-ready; None where a share is undefined because its denominator is 0).
 
@@ -117,22 +99,22 @@ def measure(rows: Sequence[Row], nodes: Sequence[str], seed: int = 0) -> dict[st
         "n": n,
         "nodes": list(nodes),
         "router": {
-            **_share(correct, n),
+            **share(correct, n),
             "top2": sum(row.truth in [name for name, _ in row.decision.alternatives[:2]] for row in rows) / n,
             "macro_f1": float(_macro_f1(hits, truths, choices)),
             "macro_f1_interval": _bootstrap(counts, seed),
             "seed": seed,
         },
-        "fallback": {**_share(sum(row.decision.node == row.truth for row in rows), n), "fallbacks": fallbacks, "share": fallbacks / n},
+        "fallback": {**share(sum(row.decision.node == row.truth for row in rows), n), "fallbacks": fallbacks, "share": fallbacks / n},
         "calibration": calibration([row.decision.probability for row in rows], [row.decision.chosen == row.truth for row in rows]),
         "confusion": counts.tolist(),
         "per_node": {
             name: {
                 "n": int(truths[i]),
                 "chosen": int(choices[i]),
-                "precision": _ratio(hits[i], choices[i]),
-                "recall": _ratio(hits[i], truths[i]),
-                "f1": _ratio(2 * hits[i], truths[i] + choices[i]),
+                "precision": ratio(hits[i], choices[i]),
+                "recall": ratio(hits[i], truths[i]),
+                "f1": ratio(2 * hits[i], truths[i] + choices[i]),
             }
             for name, i in index.items()
         },
@@ -142,39 +124,17 @@ def measure(rows: Sequence[Row], nodes: Sequence[str], seed: int = 0) -> dict[st
         "rewrites": {
             "attempted": len(attempted),
             "passed": passed,
-            "passed_share": _ratio(passed, len(attempted)),
+            "passed_share": ratio(passed, len(attempted)),
             "notes": dict(sorted(notes.items(), key=lambda item: (-item[1], item[0]))),
         },
         "latency_ms": {
-            "tokenise": _times([row.decision.tokenise_ms for row in rows]),
-            "prefill": _times([row.decision.prefill_ms for row in rows]),
-            "decode": _times([row.decision.decode_ms for row in rows]),
-            "decision": _times([row.decision.tokenise_ms + row.decision.prefill_ms for row in rows]),
+            "tokenise": spread([row.decision.tokenise_ms for row in rows]),
+            "prefill": spread([row.decision.prefill_ms for row in rows]),
+            "decode": spread([row.decision.decode_ms for row in rows]),
+            "decision": spread([row.decision.tokenise_ms + row.decision.prefill_ms for row in rows]),
         },
         "shortened": sum(row.decision.shortened > 0 for row in rows),
     }
-
-
-def calibration(probabilities: Sequence[float], right: Sequence[bool]) -> dict[str, Any]:
-    """Expected calibration error (Guo et al., On Calibration of Modern Neural Networks, ICML 2017) and its bins.
-
-    15 bins of equal width, (low, high], 0 belonging to the first; ece = sum over bins of count/n · |accuracy - mean probability|.
-    An empty bin has None for both means. `mean_probability` minus the router's accuracy is how far it is overconfident in all.
-    Both sequences have the same length, at least 1, and probabilities lie between 0 and 1.
-    """
-    p, hit = np.clip(np.asarray(probabilities, dtype=np.float64), 0.0, 1.0), np.asarray(right, dtype=bool)
-    where = np.clip(np.ceil(p * BINS).astype(np.int64) - 1, 0, BINS - 1)
-    bins: list[dict[str, Any]] = []
-    error = 0.0
-    for b in range(BINS):
-        inside = where == b
-        count = int(inside.sum())
-        mean = float(p[inside].mean()) if count else None
-        accuracy = float(hit[inside].mean()) if count else None
-        if mean is not None and accuracy is not None:
-            error += count / len(p) * abs(accuracy - mean)
-        bins.append({"low": b / BINS, "high": (b + 1) / BINS, "count": count, "mean_probability": mean, "accuracy": accuracy})
-    return {"ece": error, "mean_probability": float(p.mean()), "bins": bins}
 
 
 def check_names(what: str, names: Set[str], nodes: Sequence[str]) -> None:
@@ -195,24 +155,12 @@ def _check(rows: Sequence[Row], nodes: Sequence[str]) -> None:
         raise DataError(f"{len(bad)} decisions have a probability that is none: found {bad[0]}, expected 0 to 1.")
 
 
-def _share(k: int, n: int) -> dict[str, Any]:
-    return {"correct": k, "accuracy": k / n, "interval": list(wilson(k, n))}
-
-
-def _ratio(part: Any, whole: Any) -> float | None:
-    return float(part) / float(whole) if whole else None
-
-
 def _by(labels: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
     total, right = Counter[str](), Counter[str]()
     for label, row in zip(labels, rows, strict=True):
         total[label or UNLABELLED] += 1
         right[label or UNLABELLED] += row.decision.chosen == row.truth
-    return {label: {"n": total[label], **_share(right[label], total[label])} for label in sorted(total)}
-
-
-def _times(values: Sequence[float]) -> dict[str, float]:
-    return {"median": float(np.median(values)), "p95": float(np.percentile(values, 95)), "mean": float(np.mean(values))}
+    return {label: {"n": total[label], **share(right[label], total[label])} for label in sorted(total)}
 
 
 def _macro_f1(hits: Any, truths: Any, choices: Any) -> Any:
@@ -231,3 +179,77 @@ def _bootstrap(counts: Any, seed: int) -> list[float]:
     hits = draws @ (one[truth] * (truth == chosen)[:, None])
     low, high = np.percentile(_macro_f1(hits, draws @ one[truth], draws @ one[chosen]), (2.5, 97.5))
     return [float(low), float(high)]
+
+
+def confusions(metrics: Mapping[str, Any], limit: int = WORST) -> list[tuple[str, str, int]]:
+    """The most frequent mistakes: (truth, chosen, count), most first, at most `limit`."""
+    nodes = metrics["nodes"]
+    wrong = [(nodes[t], nodes[c], count) for t, row in enumerate(metrics["confusion"]) for c, count in enumerate(row) if count and t != c]
+    return sorted(wrong, key=lambda item: -item[2])[:limit]
+
+
+def report(metrics: Mapping[str, Any], title: str, command: str) -> Report:
+    """`measure`'s figures for people."""
+    right = metrics["router"]
+    # the user's title stays out of pictures: the font may lack its letters
+    line = f"Router: {percent(right['accuracy'])} right ({interval(right['interval'])}), n = {metrics['n']:,}"
+    drawn = (
+        Picture(
+            "confusion",
+            "Confusion matrix: rows truth, columns chosen",
+            lambda: pictures.confusion(metrics["nodes"], metrics["confusion"], line),
+        ),
+        Picture("calibration", "Reliability: accuracy by probability", lambda: pictures.reliability(metrics["calibration"], line)),
+    )
+    note = (
+        "Intervals are 95 %: Wilson (1927) for shares, percentile bootstrap for macro-F1. ECE: 15 equal bins (Guo et al. 2017). "
+        "Precision is - where a node was never chosen, recall where it was never the truth."
+    )
+    return Report(title, command, metrics, _sections(metrics), drawn, note)
+
+
+def _sections(metrics: Mapping[str, Any]) -> list[Section]:
+    router, fallback, base, rewrites = (metrics[key] for key in ("router", "fallback", "baselines", "rewrites"))
+    decision, found = metrics["latency_ms"]["decision"], metrics["calibration"]
+    summary: list[Cells] = [
+        ("queries", f"{metrics['n']:,}", f"{metrics['shortened']:,} shortened"),
+        ("router accuracy", percent(router["accuracy"]), interval(router["interval"])),
+        (
+            "accuracy after fallback",
+            percent(fallback["accuracy"]),
+            f"{interval(fallback['interval'])}, fallback for {percent(fallback['share'])}",
+        ),
+        ("top-2 accuracy", percent(router["top2"]), ""),
+        ("macro-F1", percent(router["macro_f1"]), interval(router["macro_f1_interval"])),
+        ("calibration error (ECE)", percent(found["ece"]), f"mean probability {percent(found['mean_probability'])}"),
+        ("baseline: always one node", percent(base["majority"]), base["majority_node"]),
+        ("baseline: random", percent(base["random"]), f"{len(metrics['nodes'])} nodes"),
+        ("rewrites that passed", percent(rewrites["passed_share"]), f"{rewrites['passed']:,} of {rewrites['attempted']:,}"),
+        ("decision time, median", f"{decision['median']:.1f} ms", f"p95 {decision['p95']:.1f} ms"),
+    ]
+    nodes: list[Cells] = [
+        (name, f"{row['n']:,}", f"{row['chosen']:,}", *(percent(row[key]) for key in ("precision", "recall", "f1")))
+        for name, row in metrics["per_node"].items()
+    ]
+    worst: list[Cells] = [
+        (truth, chosen, f"{count:,}", percent(count / metrics["per_node"][truth]["n"])) for truth, chosen, count in confusions(metrics)
+    ]
+    out = [
+        Section("Summary", ("measure", "value", "detail"), summary),
+        Section("Nodes", ("node", "n", "chosen", "precision", "recall", "F1"), nodes),
+        Section(
+            "Worst confusions", ("truth", "chosen", "count", "of the truth"), worst or [("none", "", "", "")], text=frozenset({"chosen"})
+        ),
+    ]
+    for key, label in (("by_lang", "language"), ("by_style", "style")):
+        groups: list[Cells] = [
+            (name, f"{row['n']:,}", percent(row["accuracy"]), interval(row["interval"])) for name, row in metrics[key].items()
+        ]
+        out.append(Section(f"By {label}", (label, "n", "accuracy", "interval"), groups, brief=False))
+    times: list[Cells] = [(name, *(f"{row[k]:.1f}" for k in ("median", "p95", "mean"))) for name, row in metrics["latency_ms"].items()]
+    notes: list[Cells] = [(note, f"{count:,}") for note, count in metrics["rewrites"]["notes"].items()]
+    return [
+        *out,
+        Section("Latency in ms", ("part", "median", "p95", "mean"), times, brief=False),
+        Section("Why the original query was passed on", ("note", "count"), notes or [("none", "0")], brief=False),
+    ]

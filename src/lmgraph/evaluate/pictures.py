@@ -1,0 +1,151 @@
+"""Pictures of figures: confusion matrix, reliability, accuracy against cost, bars. The one home of matplotlib beside train/plot.
+
+Each function takes plain data and returns a matplotlib figure. Colours are told apart with any kind of colour vision (Okabe and
+Ito 2008) and never carry a meaning alone: names, marks or numbers say it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmgraph.evaluate import statistics
+from lmgraph.evaluate.report import percent
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
+LABEL = 24
+"""characters of a name in a picture"""
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure whose letters stay text in an SVG, and whose SVG is the same for the same data."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "lmgraph"
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
+
+
+def confusion(nodes: Sequence[str], counts: Sequence[Sequence[int]], title: str) -> Any:
+    """The confusion matrix: rows truth, columns chosen; colour is the share of the row, the number is the count."""
+    shares = [[count / (sum(row) or 1) for count in row] for row in counts]
+    side = min(max(4.5, 0.5 * len(nodes)), 40.0)
+    figure = _figure(side + 2.6, side + 1.6)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)  # one hue, light to dark: reads in grey as well
+    axes.set_title(title, loc="right" if len(nodes) < 6 else "center", fontsize=11)
+    axes.set_xticks(range(len(nodes)), [_short(name) for name in nodes], rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
+    axes.set_yticks(range(len(nodes)), [f"{_short(name)} ({sum(row):,})" for name, row in zip(nodes, counts, strict=True)], fontsize=9)
+    axes.set_xlabel("chosen by the master")
+    axes.set_ylabel("truth (queries)")
+    for edge in range(1, len(nodes)):
+        axes.axhline(edge - 0.5, color="#dddddd", linewidth=0.5)
+        axes.axvline(edge - 0.5, color="#dddddd", linewidth=0.5)
+    for t, row in enumerate(counts):
+        for c, count in enumerate(row):
+            if count:
+                colour = "white" if shares[t][c] > 0.5 else "black"
+                axes.text(c, t, f"{count}", ha="center", va="center", fontsize=8 if count < 1000 else 7, color=colour)
+    figure.colorbar(image, ax=axes, label="share of the truth's queries", shrink=0.7, pad=0.02)
+    return figure
+
+
+def reliability(found: Mapping[str, Any], title: str, what: str = "probability of the chosen node") -> Any:
+    """`statistics.calibration` as a picture: accuracy in each bin against the diagonal, and below how many queries lie there."""
+    bins = [b for b in found["bins"] if b["count"]]
+    figure = _figure(6.4, 6.8)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = 1 / len(found["bins"])
+    means, lows = [b["mean_probability"] for b in bins], [b["low"] for b in bins]
+    bar = {"width": width, "align": "edge", "edgecolor": "white"}
+    upper.bar(lows, [b["accuracy"] for b in bins], color=BLUE, label="accuracy in the bin", **bar)
+    upper.plot(means, means, "o", color=ORANGE, markersize=6, label="mean probability in the bin")
+    upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2, label="perfectly calibrated")
+    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+    upper.set_title(f"{title}\nECE {percent(found['ece'])}, mean probability {percent(found['mean_probability'])}", fontsize=11)
+    upper.legend(loc="upper left", frameon=False)
+    lower.bar(lows, [b["count"] for b in bins], color=GREY, **bar)
+    for b in bins:
+        lower.annotate(f"{b['count']}", (b["low"] + width / 2, b["count"]), ha="center", va="bottom", fontsize=7)
+    lower.margins(y=0.2)
+    lower.set(xlabel=what, ylabel="queries")
+    return figure
+
+
+def frontier(points: Sequence[Mapping[str, Any]], cost: str, value: str, title: str, *, log: bool = False) -> Any:
+    """Value (a share) against cost, with the Pareto front as a line.
+
+    Each point has `name`, `cost`, `value` and may have `interval` (drawn as a bar) and `ours` (drawn as a filled diamond).
+    """
+    figure = _figure(8.4, 5.4)
+    axes = figure.add_subplot()
+    if log:
+        axes.set_xscale("log")
+    front = statistics.pareto([(p["cost"], p["value"]) for p in points])
+    line = [points[i] for i in front]
+    axes.plot([p["cost"] for p in line], [p["value"] * 100 for p in line], "-", color=GREY, linewidth=1, label="Pareto front", zorder=1)
+    for p in points:
+        colour, mark = (ORANGE, "D") if p.get("ours") else (BLUE, "o")
+        if p.get("interval"):
+            axes.plot([p["cost"]] * 2, [bound * 100 for bound in p["interval"]], "-", color=colour, alpha=0.5, zorder=2)
+        axes.plot([p["cost"]], [p["value"] * 100], mark, color=colour, markersize=7, zorder=3)
+    _annotate(axes, [(p["cost"], p["value"] * 100, p["name"]) for p in points], log)
+    axes.margins(0.12)
+    axes.grid(color="#eeeeee")
+    axes.set(xlabel=cost, ylabel=f"{value} (%)")
+    axes.set_title(title, fontsize=11)
+    axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def _annotate(axes: Any, points: Sequence[tuple[float, float, str]], log: bool) -> None:
+    """Names beside points, from the top down, pushed apart where they would lie on each other."""
+    import math
+
+    xs = [math.log10(x) if log else x for x, _, _ in points]
+    wide, high = (max(xs) - min(xs)) or 1.0, (max(y for _, y, _ in points) - min(y for _, y, _ in points)) or 1.0
+    placed: list[tuple[float, float]] = []
+    for x, (cost, value, name) in sorted(zip(xs, points, strict=True), key=lambda item: -item[1][1]):
+        y = value
+        while any(abs(x - other) < 0.25 * wide and abs(y - height) < 0.045 * high for other, height in placed):
+            y -= 0.045 * high
+        placed.append((x, y))
+        left = x > max(xs) - 0.2 * wide
+        axes.annotate(
+            name,
+            (cost, value),
+            xytext=(cost, y),
+            textcoords="data",
+            fontsize=8,
+            ha="right" if left else "left",
+            va="bottom",
+            color="black",
+        )
+
+
+def bars(groups: Mapping[str, Mapping[str, float | None]], value: str, title: str) -> Any:
+    """Horizontal bars: for each group (a subject, a category) one bar a series (a policy), as shares; None leaves a gap."""
+    series = list(dict.fromkeys(name for row in groups.values() for name in row))
+    fills = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (GREY, "xx"))
+    figure = _figure(8.4, max(3.0, 0.16 * len(groups) * (len(series) + 1) + 1.4))
+    axes = figure.add_subplot()
+    step = 0.8 / max(1, len(series))
+    for number, name in enumerate(series):
+        colour, hatch = fills[number % len(fills)]
+        places = [i + number * step for i in range(len(groups))]
+        widths = [(row.get(name) or 0.0) * 100 for row in groups.values()]
+        axes.barh(places, widths, height=step, align="edge", color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, label=name)
+    axes.set_yticks([i + 0.4 for i in range(len(groups))], [_short(name) for name in groups], fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.set(xlabel=f"{value} (%)", xlim=(0, 100))
+    axes.set_title(title, fontsize=11)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.35 / figure.get_size_inches()[1]), ncols=min(4, len(series)), frameon=False, fontsize=8
+    )
+    return figure
