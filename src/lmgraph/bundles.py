@@ -290,6 +290,13 @@ def _copy_metadata(reader: Any, writer: Any, vocabulary: Vocabulary, name: str) 
     writer.add_string(KEY, json.dumps({**vocabulary.to_json(), "name": name}))
 
 
+def vocabulary_size(base: Path) -> int:
+    """Number of token ids of a GGUF: the first functional token takes the next."""
+    import gguf
+
+    return len(gguf.GGUFReader(base).fields["tokenizer.ggml.tokens"].data)
+
+
 def vocabulary_of(path: Path) -> Vocabulary:
     """The vocabulary inside a merged GGUF, or of the file `vocabulary.json` beside it. Raises VocabularyMismatch."""
     import gguf

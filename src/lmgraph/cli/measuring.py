@@ -11,19 +11,25 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lmgraph.cli import settings
+from lmgraph.cli import Lazy, settings
 from lmgraph.cli.run import GRAPH, JSON
 
 if TYPE_CHECKING:
     from lmgraph.evaluate.report import Report
 
 
-@click.group()
+TABLE = {
+    "routes": ("measuring", "How well the master routes: accuracy, calibration, confusions, rewrites, latency."),
+    "compare": ("comparing", "Routers side by side: the master, embeddings, listings in the prompt and others."),
+}
+
+
+@click.group(cls=Lazy, table=TABLE)
 def evaluate() -> None:
     """Measure routers on data that was not used for training."""
 
 
-@evaluate.command()
+@click.command()
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
 @GRAPH
 @click.option("--bundle", help="another master than the graph's: built-in name, folder or GGUF")
@@ -97,16 +103,16 @@ async def _routes(
                 decide, rows, concurrency=concurrency, progress=lambda done, total: bars.progress("routing", done, total)
             )
     metrics = measuring.measure(found, list(given.nodes))
-    made = measuring.report(metrics, f"Router accuracy on {', '.join(f.name for f in files)}", _command())
-    _give(made, out, as_json)
+    made = measuring.report(metrics, f"Router accuracy on {', '.join(f.name for f in files)}", typed())
+    give(made, out, as_json)
 
 
-def _command() -> str:
+def typed() -> str:
     """What the user typed, for the report."""
     return "lmgraph " + shlex.join(sys.argv[1:])
 
 
-def _give(made: Report, out: Path | None, as_json: bool) -> None:
+def give(made: Report, out: Path | None, as_json: bool) -> None:
     """Write the report where asked for, and show it: JSON, or its brief tables."""
     from rich.console import Console
 

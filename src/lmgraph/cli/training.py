@@ -141,9 +141,7 @@ def tune(
 
 def _ground(path: Path | None, base: str, size: int) -> tuple[Any, Any, Path]:
     """(graph, fresh vocabulary for it, base weights)."""
-    import gguf
-
-    from lmgraph import assets
+    from lmgraph import assets, bundles
     from lmgraph.cli.show import Bars
     from lmgraph.files import model_file, read_graph
     from lmgraph.tokens import Vocabulary
@@ -153,7 +151,7 @@ def _ground(path: Path | None, base: str, size: int) -> tuple[Any, Any, Path]:
     with Bars() as bars:
         base_file = model_file(base, using.cache, folder, bars)
     known = assets.CATALOGUE[base].sha256 if base in assets.CATALOGUE else assets.digest_of(base_file)
-    first = len(gguf.GGUFReader(base_file).fields["tokenizer.ggml.tokens"].data)
+    first = bundles.vocabulary_size(base_file)
     tokens = {name: node.token for name, node in given.nodes.items()}
     if max(tokens.values()) >= size:
         raise UserError(

@@ -1,0 +1,196 @@
+"""Commands that measure routers against each other: evaluate compare."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lmgraph.cli import settings
+from lmgraph.cli.measuring import give, typed
+from lmgraph.cli.run import GRAPH, JSON
+from lmgraph.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from lmgraph.evaluate.compare import Contest, Result
+    from lmgraph.evaluate.contestants import Contestant
+    from lmgraph.graph import Graph
+    from lmgraph.settings import Settings
+
+KINDS = (
+    "master",
+    "rows",
+    "semantic-router",
+    "semantic-router-max",
+    "minilm-regression",
+    "minilm-knn",
+    "tfidf",
+    "listing",
+    "listing-coder",
+    "majority",
+    "random",
+)
+Make = Callable[[], "Contestant"]
+
+
+@click.command()
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1)
+@click.option(
+    "--data", "examples", type=click.Path(path_type=Path), multiple=True, help="JSON Lines that the contestants learn from (repeat)"
+)
+@click.option("--intents", type=click.Choice(["banking77", "clinc150"]), help="a public intent set instead of FILES")
+@click.option(
+    "--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), help="where the intent set lies, in its original layout"
+)
+@click.option("--shots", type=click.IntRange(2), default=10, show_default=True, help="examples a node, with --intents")
+@click.option("--seed", type=int, default=0, show_default=True, help="which examples are drawn, with --intents")
+@GRAPH
+@click.option("--bundle", help="another master than the graph's: built-in name, folder or GGUF")
+@click.option("--kept", is_flag=True, help="of FILES, only the tenth that training keeps aside")
+@click.option("--style", "styles", multiple=True, help="of FILES, only examples of this style (repeat)")
+@click.option("--contestant", "kinds", type=click.Choice(KINDS), multiple=True, help="only these (repeat)  [default: all]")
+@click.option("--sample", type=click.IntRange(1), help="only this many queries, spread evenly")
+@click.option("--listing-sample", type=click.IntRange(1), help="fewer queries for the two that read all descriptions, which are slow")
+@click.option(
+    "--rows-examples", type=click.IntRange(10), default=3000, show_default=True, help="examples that rows only are fitted on, at most"
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="folder for the report, and for what is trained; a stopped run goes on from it"
+)
+@JSON
+def compare(
+    files: tuple[Path, ...],
+    examples: tuple[Path, ...],
+    intents: str | None,
+    folder: Path | None,
+    shots: int,
+    seed: int,
+    path: Path | None,
+    bundle: str | None,
+    kept: bool,
+    styles: tuple[str, ...],
+    kinds: tuple[str, ...],
+    sample: int | None,
+    listing_sample: int | None,
+    rows_examples: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Routers side by side: same queries, same examples, one run; accuracy against decision time.
+
+    Either FILES of queries (JSON Lines with query and node) and --data to learn from, with the graph's master; or --intents with
+    --folder: a master is then trained on the few examples. What is not installed is left out: pip install 'lmgraph[compare]'.
+    """
+    if bool(intents) == bool(files):
+        raise UserError("Give FILES and --data, or --intents and --folder.", "See: lmgraph evaluate compare --help")
+    if intents and not folder:
+        raise UserError(f"Where does {intents} lie?", f"lmgraph evaluate compare --intents {intents} --folder DIR")
+    if files and not examples:
+        raise UserError("What do the contestants learn from?", "Add --data FILE (JSON Lines with query and node); repeat it for more.")
+    from dataclasses import replace
+
+    from lmgraph.evaluate import compare as comparing
+    from lmgraph.evaluate import intents as sets
+    from lmgraph.files import read_graph
+    from lmgraph.train import examples as data
+
+    using = settings()
+    given, beside = read_graph(path or using.graph)
+    if bundle:
+        given = replace(given, master=replace(given.master, bundle=str(Path(bundle).resolve()) if Path(bundle).exists() else bundle))
+    if intents and folder:
+        found = sets.load(intents, folder)
+        few = found.few(shots, seed)
+        first = {e.node: e.query for e in reversed(few)}
+        contest = comparing.Contest({node: f"messages like: {first[node]}" for node in found.nodes}, few, found.test, found.outside)
+        title = f"Routers on {intents}, {shots} examples a node"
+    else:
+        rows = [e for e in data.load(files) if (not styles or e.style in styles) and (not kept or data.held_out(e, 10))]
+        learnt, _ = data.split(data.load(examples))
+        names = {name: node.description for name, node in given.nodes.items()}
+        _known(names, [*rows, *learnt])
+        contest = comparing.Contest(names, learnt, rows)
+        title = f"Routers on {', '.join(f.name for f in files)}"
+    if not contest.queries:
+        raise DataError("No queries are left after --style and --kept.")
+    queries, outside = contest.spread(sample or len(contest.queries))
+    contest = replace(contest, queries=queries, outside=outside)
+    results = asyncio.run(_run(contest, kinds or KINDS, listing_sample, bool(intents), given, beside, out, rows_examples))
+    give(comparing.report(comparing.measure(results, contest, "lmgraph master"), title, typed()), out, as_json)
+
+
+async def _run(
+    contest: Contest, kinds: Sequence[str], listed: int | None, few: bool, given: Graph, beside: Path | None, out: Path | None, rows: int
+) -> list[Result]:
+    import tempfile
+
+    from lmgraph.cli.show import Bars
+    from lmgraph.evaluate import compare as comparing
+
+    results = []
+    with tempfile.TemporaryDirectory() as scratch, Bars() as bars:
+        keep = out or Path(scratch)
+        keep.mkdir(parents=True, exist_ok=True)
+        journal = comparing.Journal(keep / "verdicts.jsonl")
+        makers = _makers(few, given, beside, settings(), keep, bars, rows)
+        for kind in kinds:
+            contestant = await makers[kind]()
+            most = listed if kind.startswith("listing") and listed else len(contest.queries)
+            results.append(await comparing.run(contestant, contest, most, journal, bars.progress))
+    return results
+
+
+def _known(nodes: dict[str, str], examples: Sequence[Any]) -> None:
+    from lmgraph.evaluate.routes import check_names
+
+    check_names("The examples are labelled with", {e.node for e in examples}, list(nodes))
+
+
+def _makers(few: bool, given: Any, beside: Path | None, using: Settings, keep: Path, bars: Any, rows_examples: int) -> dict[str, Any]:
+    """What makes each kind of contestant, when its turn comes: two large models are never in memory together."""
+    from lmgraph import assets
+    from lmgraph.engine import Engine
+    from lmgraph.evaluate import contestants, listing, masters
+    from lmgraph.files import model_file
+    from lmgraph.runtime import Runtime
+
+    embedder = contestants.Embedder()
+    small, coder = "smollm2-135m", "qwen2.5-coder-1.5b"
+
+    def weights(name: str) -> Path:
+        return model_file(name, using.cache, None, bars)
+
+    async def master() -> Contestant:
+        if few:
+            return masters.Few(weights(small), assets.CATALOGUE[small].sha256, keep, using.threads, bars.progress)
+        return masters.Served(await Runtime(given, using, beside, bars).master(slots=1))
+
+    async def rows() -> Contestant:
+        return masters.RowsOnly(weights(small), assets.CATALOGUE[small].sha256, keep, using.threads, bars.progress, rows_examples)
+
+    async def listed(name: str) -> Contestant:
+        engine = await Engine.open(weights(name), context=listing.CONTEXT, slots=1, threads=using.threads)
+        return listing.Listing(f"listing in the prompt, {name}", engine)
+
+    def simple(make: Make) -> Callable[[], Any]:
+        async def made() -> Contestant:
+            return make()
+
+        return made
+
+    return {
+        "master": master,
+        "rows": rows,
+        "semantic-router": simple(lambda: contestants.SemanticRouter(embedder)),
+        "semantic-router-max": simple(lambda: contestants.SemanticRouter(embedder, "max")),
+        "minilm-regression": simple(lambda: contestants.EmbeddingRegression(embedder)),
+        "minilm-knn": simple(lambda: contestants.EmbeddingNeighbours(embedder)),
+        "tfidf": simple(contestants.TfIdf),
+        "listing": lambda: listed(small),
+        "listing-coder": lambda: listed(coder),
+        "majority": simple(contestants.Majority),
+        "random": simple(contestants.Random),
+    }

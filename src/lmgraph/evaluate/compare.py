@@ -1,0 +1,196 @@
+"""Routers side by side: the same queries, the same examples, one after the other on one machine; accuracy, abstention, decision time.
+
+It knows contestants by what they decide. Times are those of one query at a time, in ms, with nothing else asked meanwhile. What was
+decided is kept as it comes, so that a run that was stopped goes on. It knows neither how a contestant works nor where queries come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmgraph.errors import DataError, MissingExtra
+from lmgraph.evaluate import pictures
+from lmgraph.evaluate.contestants import Contestant, Verdict
+from lmgraph.evaluate.report import Cells, Picture, Report, Section, interval, percent
+from lmgraph.evaluate.statistics import auroc, difference, share, spread
+from lmgraph.train.examples import Example
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What all contestants get: nodes with descriptions, examples to learn from, queries with their node, queries of no node."""
+
+    nodes: Mapping[str, str]
+    examples: Sequence[Example]
+    queries: Sequence[Example]
+    outside: Sequence[str] = ()
+
+    def spread(self, most: int) -> tuple[list[Example], list[str]]:
+        """At most `most` of the queries, and of those of no node the same share, evenly spread."""
+        if most >= len(self.queries):
+            return list(self.queries), list(self.outside)
+        few = [self.queries[i * len(self.queries) // most] for i in range(most)]
+        rest = round(len(self.outside) * most / len(self.queries))
+        return few, [self.outside[i * len(self.outside) // rest] for i in range(rest)]
+
+
+@dataclass
+class Result:
+    """What one contestant did: verdicts and times in the order of its queries; `missing` says why it did nothing."""
+
+    name: str
+    queries: list[Example] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    outside: list[Verdict] = field(default_factory=list)
+    ms: list[float] = field(default_factory=list)
+    fit_s: float = 0.0
+    missing: str = ""
+
+
+class Journal:
+    """Verdicts in a file of JSON Lines, by what they depend on. None keeps them nowhere."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    self._known[row["key"]] = row
+                except (ValueError, KeyError, TypeError):  # a line that was cut off
+                    continue
+
+    def of(self, *parts: object) -> str:
+        """The key of a verdict that depends on these parts."""
+        return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:24]
+
+    def get(self, key: str) -> tuple[Verdict, float] | None:
+        """(verdict, ms) when it was kept."""
+        row = self._known.get(key)
+        return (Verdict(row["node"], row["score"]), row["ms"]) if row else None
+
+    def put(self, key: str, verdict: Verdict, ms: float) -> None:
+        """Keep a verdict, at once."""
+        row = {"key": key, "node": verdict.node, "score": verdict.score, "ms": round(ms, 3)}
+        self._known[key] = row
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+async def run(contestant: Contestant, contest: Contest, most: int, journal: Journal, progress: Progress) -> Result:
+    """Fit, decide at most `most` queries, close. A contestant whose library is missing comes back with `missing`, not as an error."""
+    if not contest.queries or not contest.examples:
+        raise DataError(f"There are {len(contest.queries)} queries and {len(contest.examples)} examples: nothing to compare.")
+    queries, outside = contest.spread(most)
+    began = time.perf_counter()
+    try:
+        await contestant.fit(contest.examples, contest.nodes)
+    except MissingExtra as error:
+        return Result(contestant.name, missing=f"{error.message} {error.hint}")
+    made = Result(contestant.name, queries, fit_s=time.perf_counter() - began)
+    examples = journal.of([(e.query, e.node) for e in contest.examples], list(contest.nodes.items()))
+    try:
+        for number, query in enumerate([e.query for e in queries] + outside):
+            key = journal.of(contestant.name, examples, query)
+            kept = journal.get(key)
+            if kept is None:
+                started = time.perf_counter()
+                verdict = await contestant.decide(query)
+                kept = verdict, (time.perf_counter() - started) * 1000
+                journal.put(key, *kept)
+            (made.verdicts if number < len(queries) else made.outside).append(kept[0])
+            made.ms.append(kept[1])
+            progress(contestant.name, number + 1, len(queries) + len(outside))
+    finally:
+        await contestant.close()
+    return made
+
+
+def measure(results: Sequence[Result], contest: Contest, ours: str) -> dict[str, Any]:
+    """Figures of every contestant, as plain data; `ours` is the one that the others are compared with.
+
+    Each: n, correct, accuracy, interval (Wilson); `gap`: its accuracy minus ours on the same queries, with a paired bootstrap
+    interval; `ms`: decision time; `fit_s`; `auroc`: how well its score tells queries of a node from those of none.
+    """
+    right = {r.name: {e.query: float(v.node == e.node) for e, v in zip(r.queries, r.verdicts, strict=True)} for r in results}
+    rows: dict[str, Any] = {}
+    for r in results:
+        if r.missing:
+            continue
+        mine = right[r.name]
+        row: dict[str, Any] = {
+            "n": len(r.queries),
+            **share(int(sum(v.node == e.node for e, v in zip(r.queries, r.verdicts))), len(r.queries)),
+        }
+        shared = [query for query in mine if query in right.get(ours, {})]
+        row["gap"] = None
+        if r.name != ours and shared:
+            value, bounds = difference([mine[q] for q in shared], [right[ours][q] for q in shared])
+            row["gap"] = {"value": value, "interval": list(bounds), "n": len(shared)}
+        row["auroc"] = auroc([v.score for v in r.verdicts], [v.score for v in r.outside])
+        row |= {"outside": len(r.outside), "ms": spread(r.ms), "fit_s": round(r.fit_s, 1)}
+        rows[r.name] = row
+    return {
+        "nodes": len(contest.nodes),
+        "examples": len(contest.examples),
+        "queries": len(contest.queries),
+        "outside": len(contest.outside),
+        "ours": ours,
+        "contestants": rows,
+        "missing": {r.name: r.missing for r in results if r.missing},
+    }
+
+
+def report(metrics: Mapping[str, Any], title: str, command: str) -> Report:
+    """`measure`'s figures for people: a table, best first, and accuracy against decision time."""
+    found = sorted(metrics["contestants"].items(), key=lambda item: -item[1]["accuracy"])
+    outside = any(row["auroc"] is not None for _, row in found)
+    rows: list[Cells] = []
+    for name, row in found:
+        gap = row["gap"]
+        cells = [name, f"{row['n']:,}", percent(row["accuracy"]), interval(row["interval"])]
+        cells.append(
+            "" if gap is None else f"{gap['value'] * 100:+.1f} ({gap['interval'][0] * 100:+.1f} to {gap['interval'][1] * 100:+.1f})"
+        )
+        cells += [f"{row['auroc']:.3f}" if row["auroc"] is not None else "-"] if outside else []
+        rows.append([*cells, f"{row['ms']['median']:.1f} ms", f"{row['fit_s']:.0f} s"])
+    head = (
+        ["contestant", "queries", "accuracy", "interval", f"against {metrics['ours']}"]
+        + (["AUROC"] if outside else [])
+        + ["decision", "fit"]
+    )
+    facts = f"{metrics['nodes']} nodes, {metrics['examples']:,} examples, {metrics['queries']:,} queries"
+    sections = [Section(f"Routers ({facts})", head, rows)]
+    if metrics["missing"]:
+        sections.append(Section("Left out", ("contestant", "detail"), list(metrics["missing"].items())))
+    points = [
+        {
+            "name": name,
+            "cost": max(row["ms"]["median"], 0.001),
+            "value": row["accuracy"],
+            "interval": row["interval"],
+            "ours": name == metrics["ours"],
+        }
+        for name, row in found
+    ]
+    drawn = Picture(
+        "accuracy",
+        "Router accuracy against decision time",
+        lambda: pictures.frontier(points, "decision time of one query, median (ms, log)", "router accuracy", facts, log=True),
+    )
+    note = (
+        "Accuracy with 95 % Wilson intervals; differences in points on the same queries (paired bootstrap); times of one query at a time, "
+        "median; fit: seconds from examples to the first decision, model loading included"
+        + ("; AUROC: queries of a node against out-of-scope ones by the contestant's own score." if outside else ".")
+    )
+    return Report(title, command, metrics, sections, [drawn] if points else [], note)

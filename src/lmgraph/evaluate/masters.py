@@ -1,0 +1,139 @@
+"""lmgraph's own contestants: the trained master of a graph, and rows fitted on the untouched base.
+
+They decide as the gateway does: prompt, one forward pass, softmax over the functional tokens. A master for a set of few examples is
+trained here (extra `train`), with one recipe for every set; what was trained is kept in a folder and found again by what made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lmgraph import bundles
+from lmgraph.engine import Engine
+from lmgraph.errors import MissingExtra
+from lmgraph.evaluate.contestants import Verdict
+from lmgraph.graph import Graph, MasterSpec, Node, WorkerSpec
+from lmgraph.master import QUERY_LIMIT, Master
+from lmgraph.tokens import Vocabulary
+from lmgraph.train import heads
+from lmgraph.train.examples import Example
+
+Progress = Callable[[str, int, int], None]
+CONTEXT = 1024
+FEW: dict[str, Any] = {"epochs": 6.0, "batch_tokens": 768, "learning_rate": 5e-4, "warmup": 0.1, "validate_every": 1_000_000}
+"""recipe for a few examples a node; chosen on BANKING77's training queries that are not among the examples"""
+
+
+class Served:
+    """A master as it serves: one forward pass a query."""
+
+    name = "lmgraph master"
+
+    def __init__(self, master: Master | None = None) -> None:
+        self._master = master
+
+    async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
+        """Nothing: it was trained before."""
+
+    async def decide(self, query: str) -> Verdict:
+        """The chosen node and its probability."""
+        assert self._master is not None
+        made = await self._master.decide(query, rewriting=False)
+        return Verdict(made.chosen, made.probability)
+
+    async def close(self) -> None:
+        """Unload the model."""
+        if self._master is not None:
+            await self._master.engine.close()
+
+
+class Few(Served):
+    """A master trained on the examples that it is given: LoRA and rows, from the base."""
+
+    def __init__(self, base: Path, digest: str, folder: Path, threads: int, progress: Progress) -> None:
+        super().__init__()
+        self._base, self._digest, self._folder, self._threads, self._progress = base, digest, folder, threads, progress
+
+    async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
+        """Train, merge, load. A run that was stopped goes on from its checkpoint; a finished one is found again."""
+        try:
+            from lmgraph.train import tune
+        except ImportError as error:
+            raise MissingExtra(self.name, "train") from error
+        recipe = replace(tune.Recipe(), threads=self._threads, **FEW)
+        vocabulary = _vocabulary(self._base, self._digest, nodes)
+        key = [vocabulary.to_json(), asdict(recipe), [(e.query, e.node) for e in examples]]
+        folder = self._folder / f"master-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
+        merged = folder / "master.gguf"
+        if not merged.is_file():
+            began = time.monotonic()
+
+            def watch(line: str) -> None:
+                if line.startswith("{"):
+                    at = json.loads(line)
+                    self._progress(f"training a master, {len(nodes)} nodes", at["step"], at["of"])
+
+            await asyncio.to_thread(tune.main, self._base, examples, {}, vocabulary, recipe, folder, watch)
+            (folder / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}\n")
+            bundles.merge(bundles.read(str(folder)), self._base, merged)
+        self._master = await _load(merged, nodes, self._threads)
+
+
+class RowsOnly(Served):
+    """Functional rows fitted on hidden states of the untouched base, on at most `most` of the examples, evenly spread."""
+
+    def __init__(self, base: Path, digest: str, folder: Path, threads: int, progress: Progress, most: int) -> None:
+        super().__init__()
+        self.name = "lmgraph rows only"
+        self._base, self._digest, self._folder, self._threads, self._progress, self._most = base, digest, folder, threads, progress, most
+
+    async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
+        """States of the examples (kept in the folder as they come), rows and temperature on a tenth of them, a merged file."""
+        if len(examples) > self._most:
+            examples = [examples[i * len(examples) // self._most] for i in range(self._most)]
+            self.name = f"lmgraph rows only ({self._most:,} examples)"
+        vocabulary = _vocabulary(self._base, self._digest, nodes)
+        queries = [e.query for e in examples]
+        key = hashlib.sha256(json.dumps([self._digest, QUERY_LIMIT, list(nodes), queries]).encode()).hexdigest()[:12]
+        folder = self._folder / f"rows-{key}"
+        merged = folder / "rows.gguf"
+        if not merged.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            engine = await Engine.open(self._base, context=CONTEXT, slots=2, threads=self._threads, states=True)
+            try:
+                found = await heads.states(
+                    engine, vocabulary, queries, QUERY_LIMIT, lambda a, b: self._progress("hidden states", a, b), folder / "states.npy"
+                )
+            finally:
+                await engine.close()
+            labels = heads.index([e.node for e in examples], vocabulary.nodes)
+            aside = [i % 10 == 9 for i in range(len(examples))]
+            inside = [not out for out in aside]
+            fitted = heads.fit_all(found[inside], labels[inside], len(nodes), found[aside], labels[aside])
+            rows = heads.fit(found, labels, len(nodes), fitted.penalty)
+            heads.rows_bundle(folder, vocabulary, replace(fitted, rows=rows), found.shape[1])
+            bundles.merge(bundles.read(str(folder)), self._base, merged)
+        self._master = await _load(merged, nodes, self._threads)
+
+
+def _vocabulary(base: Path, digest: str, nodes: Mapping[str, str]) -> Vocabulary:
+    first = bundles.vocabulary_size(base)
+    return Vocabulary(first, len(nodes), first + len(nodes), {name: token for token, name in enumerate(nodes)}, base=digest)
+
+
+async def _load(merged: Path, nodes: Mapping[str, str], threads: int) -> Master:
+    worker = WorkerSpec("scripted")
+    given = Graph(
+        {name: Node(name, token, text, worker) for token, (name, text) in enumerate(nodes.items())},
+        {"start": ("*",)},
+        MasterSpec(bundle=str(merged)),
+    )
+    engine = await Engine.open(merged, context=CONTEXT, slots=1, threads=threads)
+    return Master(engine, bundles.vocabulary_of(merged), given)
