@@ -244,29 +244,29 @@ def _eligible(scores: Scores, models: Sequence[Model], billions: float | None, c
     known = {model.name: model for model in models}
     own = [known.get(name, Model(name)) for name in scores.models]
     limits = [
-        (limit, what, best, [getattr(model, field) for model in own])
-        for field, limit, what, best in (
-            ("billions", billions, "{:g} billion parameters", "smallest"),
-            ("cost", cost, "a cost of {:g} per 1,000 queries", "cheapest"),
+        (limit, what, best, noun, [getattr(model, field) for model in own])
+        for field, limit, what, best, noun in (
+            ("billions", billions, "{:g} billion parameters", "smallest", "size"),
+            ("cost", cost, "a cost of {:g} per 1,000 queries", "cheapest", "cost"),
         )
         if limit is not None
     ]
     left_out: dict[str, str] = {}
     eligible = []
     for column, name in enumerate(scores.models):
-        unknown = [what.replace("{:g} ", "") for _, what, _, values in limits if values[column] is None]
+        unknown = [noun for _, _, _, noun, values in limits if values[column] is None]
         if unknown:
-            left_out[name] = f"unknown: {', '.join(unknown)}"
-        elif all(values[column] <= limit for limit, _, _, values in limits):
+            left_out[name] = f"its {' and '.join(unknown)} is not known"
+        elif all(values[column] <= limit for limit, _, _, _, values in limits):
             eligible.append(column)
     if not eligible:
-        wanted = " and ".join(what.format(limit) for limit, what, _, _ in limits)
-        least = []
-        for _, what, best, values in limits:
-            sized = [(value, name) for value, name in zip(values, scores.models, strict=True) if value is not None]
-            least += [f"the {best} is {name} with {what.format(value)}" for value, name in sorted(sized)[:1]]
+        wanted = " and ".join(what.format(limit) for limit, what, _, _, _ in limits)
+        found = []
+        for _, what, best, noun, values in limits:
+            sized = sorted((value, name) for value, name in zip(values, scores.models, strict=True) if value is not None)
+            found.append(f"the {best} is {sized[0][1]} with {what.format(sized[0][0])}" if sized else f"no model's {noun} is known")
         raise UserError(
-            f"No model has at most {wanted}: {', '.join(least) or 'nothing is known of any'}.",
-            "Raise the limit, or tell what the models weigh and cost in a models file (docs/outcomes.md).",
+            f"No model has at most {wanted}: {', '.join(found)}.",
+            "Raise the limit, or tell sizes and costs in a models file (docs/outcomes.md).",
         )
     return eligible, left_out
