@@ -132,7 +132,7 @@ class Plan:
                 name: asdict(made.reasons[name]) if name in made.reasons else {"model": model, "n": 0}
                 for name, model in self.workers.items()
             },
-            "fallback": {"node": self.general, "model": made.fallback},
+            "fallback": {"node": self.general, "model": self.workers[self.general]},
             "chosen": list(made.chosen),
             "expected": made.expected,
             "strength": self.scores.strength,
@@ -225,9 +225,12 @@ def render(text: str, plan: Plan, models: Sequence[Model], urls: Sequence[str], 
         data.setdefault("master", {}).update({"bundle": bundle, "fallback": plan.general})
         for name, model in plan.workers.items():
             worker = own.get(model) or {"kind": "openai", "urls": list(urls), "model": model}
-            graphedit.put(data["nodes"][name], "worker", worker, plan.remark(name))
+            node = data["nodes"][name]
+            graphedit.put(node, "worker", worker, plan.remark(name))
             if name in plan.answers:
-                graphedit.put(data["nodes"][name], "answer", plan.answers[name])
+                graphedit.put(node, "answer", plan.answers[name])
+            elif "answer" in node:
+                node["answer"].pop("voters", None)  # what they are worth was measured with other workers
 
     kept = [line for line in text.splitlines(keepends=True) if not line.startswith(MARK)]
     lines = ["".join(c if c.isprintable() else "?" for c in f"{MARK}{line}") + "\n" for line in head]
@@ -236,8 +239,11 @@ def render(text: str, plan: Plan, models: Sequence[Model], urls: Sequence[str], 
 
 def _bundle(given: Graph, beside: Path, target: Path) -> str:
     """The master's bundle as it is called from another folder."""
+    from lmgraph.bundles import builtin
+
     name = given.master.bundle
-    moved = beside.resolve() != target.resolve() and not Path(name).is_absolute() and (beside / name).exists()
+    own = name not in builtin() and not Path(name).is_absolute() and (beside / name).exists()
+    moved = own and beside.resolve() != target.resolve()
     return Path(os.path.relpath(beside / name, target)).as_posix() if moved else name
 
 
@@ -255,6 +261,6 @@ def _show(plan: Plan) -> None:
     head = ("node", "model", "n", "score", "shrunk", "95 % interval", "next")
     section = Section("Workers", head, rows, text=frozenset({"model", "next"}))
     show.console.print(table(Report("", "", {}, [section])))
-    click.echo(f"Expected score {made.expected:.3f}. Fallback: {plan.general} ({made.fallback}).", err=True)
+    click.echo(f"Expected score {made.expected:.3f}. Fallback: {plan.general} ({plan.workers[plan.general]}).", err=True)
     for name, why_not in made.left_out.items():
         click.echo(f"Left out: {name} ({why_not}).", err=True)

@@ -256,7 +256,7 @@ def _eligible(scores: Scores, models: Sequence[Model], billions: float | None, c
     for column, name in enumerate(scores.models):
         unknown = [noun for _, _, _, noun, values in limits if values[column] is None]
         if unknown:
-            left_out[name] = f"its {' and '.join(unknown)} is not known"
+            left_out[name] = f"unknown {' and '.join(unknown)}"
         elif all(values[column] <= limit for limit, _, _, _, values in limits):
             eligible.append(column)
     if not eligible:
