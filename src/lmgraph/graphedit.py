@@ -87,19 +87,11 @@ def difference(old: Any, new: Any) -> Any:
 
 def drop(rows: Any, name: str, whole: Any) -> None:
     """Take a key out of a mapping. The YAML library hangs the comment above the *next* key on this one: it is moved there."""
-    node, text = rows, ""
-    place: Any = name
-    while True:
-        token = (node.ca.items.get(place) or [None] * 3)[2 if isinstance(node, dict) else 0]
-        if token is not None:
-            width = rows.lc.key(name)[1]
-            lines = [line for line in token.value.split("\n")[1:] if line.strip() and len(line) - len(line.lstrip()) <= width]
-            text = "\n".join(line.strip().removeprefix("#").strip() for line in lines)
-            break
-        node = node[place]
-        if not node or not hasattr(node, "ca"):
-            break
-        place = list(node)[-1] if isinstance(node, dict) else len(node) - 1
+    text = ""
+    if behind := _behind(rows, name):
+        width = rows.lc.key(name)[1]
+        lines = [line for line in behind.value.split("\n")[1:] if line.strip() and len(line) - len(line.lstrip()) <= width]
+        text = "\n".join(line.strip().removeprefix("#").strip() for line in lines)
     keys = list(rows)
     following = next(iter(keys[keys.index(name) + 1 :]), None)
     owner = rows
@@ -110,3 +102,64 @@ def drop(rows: Any, name: str, whole: Any) -> None:
     del rows[name]
     if text and following is not None:
         owner.yaml_set_comment_before_after_key(following, before=text, indent=0 if owner is whole else width)
+
+
+def put(rows: Any, name: str, value: Any, comment: str = "") -> None:
+    """Put plain data at a key, on one line with a comment behind it.
+
+    The comment behind the old value and those inside it go with it. What stands below it (above the next key) stays there, also
+    where the key is new and comes last.
+    """
+    from ruamel.yaml.error import CommentMark
+    from ruamel.yaml.tokens import CommentToken
+
+    behind = _behind(rows, name if name in rows else list(rows)[-1])
+    here, _, below = behind.value.partition("\n") if behind else ("", "", "")
+    if behind and name not in rows:
+        behind.value = here + "\n"
+    rows[name] = _flow(value)
+    rows.ca.items.pop(name, None)
+    if comment or below:
+        text = f"{'# ' + comment if comment else ''}\n{below}"
+        rows.ca.items[name] = [None, None, CommentToken(text, CommentMark(0), None), None]
+
+
+def unfold(data: Any) -> None:
+    """Write a graph's nodes one key a line where they stand in braces: behind a key there is room for a comment."""
+    nodes = data["nodes"]
+    for mapping in (data, nodes):
+        mapping.fa.set_block_style()
+    for name, node in nodes.items():
+        if node.fa.flow_style():
+            node.fa.set_block_style()
+            if token := nodes.ca.items.pop(name, None):  # the comment behind the braces
+                node.ca.comment = None
+                node.ca.items[list(node)[-1]] = token
+
+
+def _behind(rows: Any, name: str) -> Any:
+    """The comment (a token of the YAML library) that begins behind the last word of a value and goes on to the next key, or None."""
+    node = rows
+    place: Any = name
+    while True:
+        token = (node.ca.items.get(place) or [None] * 3)[2 if isinstance(node, dict) else 0]
+        if token is not None:
+            return token
+        node = node[place]
+        if not node or not hasattr(node, "ca"):
+            return None
+        place = list(node)[-1] if isinstance(node, dict) else len(node) - 1
+
+
+def _flow(value: Any) -> Any:
+    """Plain data that is written on one line."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    if isinstance(value, Mapping):
+        made: Any = CommentedMap((key, _flow(item)) for key, item in value.items())
+    elif isinstance(value, (list, tuple)):
+        made = CommentedSeq(_flow(item) for item in value)
+    else:
+        return value
+    made.fa.set_flow_style()
+    return made

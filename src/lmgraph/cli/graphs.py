@@ -13,6 +13,7 @@ import click
 from lmgraph import graphedit, graphfile, graphschema
 from lmgraph.assets import atomic
 from lmgraph.cli import settings
+from lmgraph.cli.assigning import assign
 from lmgraph.cli.run import GRAPH, JSON
 from lmgraph.errors import LmgraphError, UserError
 from lmgraph.graph import END, START
@@ -30,6 +31,9 @@ EDITED = click.option(
 @click.group()
 def graph() -> None:
     """Make, look at, check and edit graph.yaml."""
+
+
+graph.add_command(assign)
 
 
 @graph.command()

@@ -1,1 +1,1 @@
-"""How good the master is: `routes` asks it and measures, `report` shows and writes what was measured."""
+"""How good the master is (`routes`) and what models did on recorded questions (`outcomes`, `assign`); `report` shows and writes it."""
