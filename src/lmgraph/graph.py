@@ -135,9 +135,9 @@ def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "
     for path, spec in _answers(graph):
         for voter in spec.voters:
             if voter not in names:
-                say((*path, "voters", voter), f"{'.'.join(path)}: voter {voter!r} is no node; valid: {', '.join(names)}")
+                say((*path, "voters", voter), f"{'.'.join(path)}: voter {voter!r} is no node; valid: {', '.join(graph.nodes)}")
         if spec.judge and spec.judge not in names:
-            say((*path, "judge"), f"{'.'.join(path)}: judge {spec.judge!r} is no node; valid: {', '.join(names)}")
+            say((*path, "judge"), f"{'.'.join(path)}: judge {spec.judge!r} is no node; valid: {', '.join(graph.nodes)}")
     if not graph.edges.get(START) and names:
         say(("edges",), 'no edge leaves start: nothing can be chosen first; write  start: ["*"]')
     for at, targets in graph.edges.items():

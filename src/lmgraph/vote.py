@@ -33,7 +33,10 @@ _WHOLE = (
     r"|,?\s*(?:and|or)\s+[-$€]?\d|\s*(?:hundred|thousand|million|billion|trillion)\b)"
 )
 """behind a number: it does not go on as a longer number, a date, a range, a list or a term"""
-_ONE = r"(?!\w|\.\w|['’]\w|\W{0,4}(?:(?:and|or)\W{1,3}|[,&/+]\W{0,3})[A-Z]\b)"
+_ONE = (
+    r"(?!\w|\.\w|['’]\w"
+    r"|\W{0,4}(?:(?:and|or)\W{1,3}|[,&/+]\W{0,3})[A-Z](?:\s*(?:[^\w\s]|$)|\s+(?:and|or|both|are)\b))"
+)
 """behind a letter: it is no word, no abbreviation and not the first of several letters"""
 _ENDED = r"(?=\s*(?:$|[.,;:!)\]}*_\"'”`$\\—–(-])|\s+(?:because|since|as|due|is)\b)"
 """behind a bare letter: the sentence is over, or says why; "A dog" and "I think" go on"""

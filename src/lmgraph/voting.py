@@ -126,15 +126,15 @@ async def run(
                 async for item in judging:
                     if isinstance(item, Step):
                         judged = item
-                    elif not item.done:
-                        sent = True
-                        yield item
-                    elif sent:
+                    elif item.done and sent:
                         yield winner.step
                         yield judged
                         yield replace(made, judge=poll.judge.name)
                         yield replace(item, usage=_usage([*steps, winner.step, judged]))
                         return
+                    elif item.text or item.choices:
+                        sent = True
+                        yield item
         except LmgraphError as error:
             if sent:  # text that a user saw is never taken back
                 raise
