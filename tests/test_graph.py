@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lmgraph import graph, graphfile, graphschema
 from lmgraph.errors import GraphError
-from lmgraph.graph import END, START, Graph, MasterSpec, Node, WorkerSpec
+from lmgraph.graph import END, START, AnswerSpec, Graph, MasterSpec, Node, WorkerSpec
 
 NAMES = st.from_regex(r"[A-Za-z0-9_-]{0,6}[A-Za-z0-9][A-Za-z0-9_-]{0,6}", fullmatch=True).filter(lambda n: n not in (START, END))
 PROBABILITY = st.floats(0, 1)
@@ -29,17 +29,19 @@ def graphs(draw: st.DrawFn) -> Graph:
     """Graphs without problems: every walk can end, fallbacks point only to earlier nodes."""
     names = draw(st.lists(NAMES, min_size=1, max_size=5, unique=True))
     numbers = draw(st.lists(st.integers(0, 10**6), min_size=len(names), max_size=len(names), unique=True))
+    answers = st.builds(AnswerSpec, st.sampled_from(graph.MODES), st.integers(2, 9), judge=st.sampled_from(["", *names]),
+                        voters=st.dictionaries(st.sampled_from(names), st.floats(0, 1, exclude_min=True, exclude_max=True)))
     nodes = {}
     for i, (name, token) in enumerate(zip(names, numbers)):
         nodes[name] = Node(name, token, draw(st.text()), draw(WORKERS), rewrite=draw(st.sampled_from(graph.REWRITE)),
                            threshold=draw(st.none() | PROBABILITY), adapter=draw(st.text()),
                            accepts=tuple(draw(st.lists(st.sampled_from(graph.MODALITIES), unique=True))),
-                           fallback=draw(st.sampled_from(["", *names[:i]])))
+                           fallback=draw(st.sampled_from(["", *names[:i]])), answer=draw(st.none() | answers))
     edges: dict[str, tuple[str, ...]] = {START: ("*",)}
     for name in draw(st.lists(st.sampled_from(names), unique=True)):
         edges[name] = (*draw(st.lists(st.sampled_from(["*", *names]), max_size=3)), END)
     master = MasterSpec(draw(st.text()), draw(PROBABILITY), draw(st.sampled_from(["", *names])))
-    return Graph(nodes, edges, master)
+    return Graph(nodes, edges, master, draw(answers))
 
 
 def problems(text: str) -> tuple[str, ...]:
@@ -394,12 +396,12 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | 
                       max_leaves=6)
 
 
-PARTS = ("token", "description", "worker", "rewrite", "threshold", "accepts", "fallback", "adapter")
+PARTS = ("token", "description", "worker", "rewrite", "threshold", "accepts", "fallback", "adapter", "answer")
 NODES = st.dictionaries(st.text(max_size=5), VALUES | st.fixed_dictionaries({}, optional={key: VALUES for key in PARTS}), max_size=2)
 
 
 @given(st.fixed_dictionaries({"version": st.just(1) | VALUES, "edges": st.just({"start": "*"}) | VALUES},
-                             optional={"master": VALUES, "nodes": NODES}))
+                             optional={"master": VALUES, "answer": VALUES, "nodes": NODES}))
 @settings(max_examples=50, deadline=None)
 def test_a_mapping_of_anything_raises_nothing_but_a_graph_error(data: dict[str, Any]) -> None:
     with pytest.raises(GraphError):

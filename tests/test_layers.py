@@ -9,11 +9,11 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
-    "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "quickjson", "settings",
+    "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "quickjson", "settings",
     "assets", "bundles", "graphedit", "engine", "workers.base", "workers.scripted", "workers.embedded",
     "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
-    "files", "master", "execute", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
+    "files", "master", "execute", "voting", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
     "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign",
     "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.assigning", "cli.graphs", "cli.training", "cli.measuring", "cli.comparing",
     "cli.keeping", "cli.serving",
@@ -24,7 +24,7 @@ HOMES = {
     "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile", "evaluate.outcomes"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.pictures"},
 }
-PURE = {"errors", "quickjson", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi", "evaluate.statistics", "evaluate.assign"}
+PURE = {"errors", "quickjson", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi", "evaluate.statistics", "evaluate.assign"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
 LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters"}
 BUDGET = 360

@@ -126,6 +126,20 @@ def test_a_request_is_one_trace_with_its_decision_and_its_steps(collector: Colle
     assert SECRET.encode() not in body
 
 
+def test_voters_begin_together_before_the_judge_and_the_root_has_what_all_of_them_used(collector: Collector) -> None:
+    to = opened(collector.url)
+    used = {"prompt_tokens": 2, "completion_tokens": 3}
+    record(to, steps=(Step("math", "x", ms=200, usage=used, voter=True), Step("law", "x", ms=50, error="down", voter=True),
+                      Step("health", "x", ms=100, usage=used, voter=True), Step("general", "y", ms=150, usage=used)))
+    to.close()
+    spans, _, _ = received(collector)
+    times = {s.name: (s.start_time_unix_nano - BEGAN, s.end_time_unix_nano - BEGAN) for s in spans}
+    assert times == {"chat math": (150_000_000, 350_000_000), "chat law": (150_000_000, 200_000_000), "chat health": (150_000_000, 250_000_000),
+                     "chat general": (350_000_000, 500_000_000), "chat lmgraph": (0, 500_000_000)}
+    (root,) = (attributes(s) for s in spans if s.name == "chat lmgraph")
+    assert (root["gen_ai.response.model"], root["gen_ai.usage.input_tokens"], root["gen_ai.usage.output_tokens"]) == ("lmgraph/general", 6, 9)
+
+
 @pytest.mark.parametrize("parent", [None, "", "nonsense", f"00-{'0' * 32}-{'cd' * 8}-01", "ä" * 55])
 def test_without_a_usable_parent_a_request_is_a_trace_of_its_own(collector: Collector, parent: str | None) -> None:
     to = opened(collector.url + "/")

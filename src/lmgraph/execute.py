@@ -30,14 +30,16 @@ async def run(
     options: Mapping[str, Any] | None = None,
     whole: bool = False,
     answering: Callable[[str], None] | None = None,
+    tried: Sequence[Step] = (),
 ) -> AsyncGenerator[Delta | Step, None]:
-    """Stream one step: Deltas of text, then one finished Step per node that was tried (the last one holds the answer).
+    """Stream one step: Deltas of text, and one Step per node that was tried, when it is over (the last one, before the last Delta,
+    holds the answer).
 
-    `chain` are the nodes to try after `node`, in order; `answering` is told the one whose worker gives the first piece.
-    Raises the last error when all fail.
+    `chain` are the nodes to try after `node`, in order; `answering` is told the one whose worker gives the first piece. `tried` are
+    steps that have failed before. Raises the last error when all fail.
     """
     request = messages[-1].content
-    steps: list[Step] = []
+    steps = list(tried)
     last: OutsideError | None = None
     for candidate in (node, *chain):
         attempts = 1 + candidate.worker.retries
@@ -60,9 +62,7 @@ async def run(
                             answering(candidate.name)
                         if delta.done:
                             took = (time.perf_counter() - began) * 1000
-                            steps.append(Step(candidate.name, request, "".join(text), took, first, attempt, "", delta.usage))
-                            for step in steps:
-                                yield step
+                            yield Step(candidate.name, request, "".join(text), took, first, attempt, "", delta.usage)
                             yield delta
                             return
                         first = first or (time.perf_counter() - began) * 1000
@@ -77,16 +77,22 @@ async def run(
                 last = error
                 took = (time.perf_counter() - began) * 1000
                 if text:
+                    yield Step(candidate.name, request, "".join(text), took, first, attempt, error.message)
                     words = f"Node {candidate.name!r} failed in the middle of its answer: {error.message}"
                     raise type(error)(words, error.hint) from error
                 refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in (408, 429)
                 if attempt == attempts or refused or isinstance(error, (WorkerTimeout, EngineError)):
                     steps.append(Step(candidate.name, request, "", took, 0.0, attempt, error.message))
+                    yield steps[-1]
                     break
                 await asyncio.sleep(min(0.2 * 2 ** (attempt - 1), 2.0))
     assert last is not None
-    tried = ", ".join(f"{s.node}: {s.error}" for s in steps)
-    raise type(last)(f"No worker could answer ({tried})", last.hint)
+    raise failure(steps, last)
+
+
+def failure(steps: Sequence[Step], last: OutsideError) -> OutsideError:
+    """The error when every step has failed: it names each, and is of the kind of the last one."""
+    return type(last)(f"No worker could answer ({', '.join(f'{s.node}: {s.error}' for s in steps)})", last.hint)
 
 
 class _Patience:

@@ -13,6 +13,9 @@ START, END = "start", "end"
 KINDS = ("embedded", "openai", "scripted")
 REWRITE = ("auto", "always", "never")
 MODALITIES = ("text", "image", "audio")
+MODES = ("single", "vote")
+VOTERS = (2, 9)
+"""fewest and most workers of a vote"""
 VERSION = 1
 
 
@@ -37,6 +40,18 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True)
+class AnswerSpec:
+    """How a query is answered: by one worker (`single`), or by `workers` of them whose answers are weighed (`vote`)."""
+
+    mode: str = "single"
+    workers: int = 3
+    voters: Mapping[str, float] = field(default_factory=dict)
+    """node -> measured probability that its worker is right; the most competent of them vote. None named: the master's best"""
+    judge: str = ""
+    """node whose worker makes one answer out of free texts, which no vote can compare; '': the most competent answer is taken"""
+
+
+@dataclass(frozen=True)
 class Node:
     """One expert. `token` is its functional token's number, written down and never derived from order."""
 
@@ -50,6 +65,8 @@ class Node:
     fallback: str = ""
     """node that takes over when this one's worker fails"""
     adapter: str = ""
+    answer: AnswerSpec | None = None
+    """how queries for this node are answered; None: as the graph says"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,8 @@ class Graph:
     nodes: Mapping[str, Node]
     edges: Mapping[str, tuple[str, ...]]
     master: MasterSpec = MasterSpec()
+    answer: AnswerSpec = AnswerSpec()
+    """how queries are answered, where a node says nothing else"""
 
     def neighbours(self, at: str = START) -> tuple[str, ...]:
         """Nodes (and `end`) that may come after `at`, `*` unfolded to every node, in the order of the file."""
@@ -93,7 +112,7 @@ class Graph:
 
 
 def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "") -> list[str]:
-    """Every problem of a graph as a whole: edges, tokens, fallbacks, nodes that cannot be reached, cycles to nowhere."""
+    """Every problem of a graph as a whole: edges, tokens, fallbacks, voters, nodes that cannot be reached, cycles to nowhere."""
     problems: list[str] = []
 
     def say(path: tuple[str, ...], text: str) -> None:
@@ -113,6 +132,12 @@ def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "
             say(("nodes", name, "fallback"), f"fallbacks go round in a ring: {' -> '.join(_ring(graph, name))}")
     if graph.master.fallback and graph.master.fallback not in names:
         say(("master", "fallback"), f"master.fallback is {graph.master.fallback!r}, which is no node; valid: {', '.join(sorted(names))}")
+    for path, spec in _answers(graph):
+        for voter in spec.voters:
+            if voter not in names:
+                say((*path, "voters", voter), f"{'.'.join(path)}: voter {voter!r} is no node; valid: {', '.join(graph.nodes)}")
+        if spec.judge and spec.judge not in names:
+            say((*path, "judge"), f"{'.'.join(path)}: judge {spec.judge!r} is no node; valid: {', '.join(graph.nodes)}")
     if not graph.edges.get(START) and names:
         say(("edges",), 'no edge leaves start: nothing can be chosen first; write  start: ["*"]')
     for at, targets in graph.edges.items():
@@ -132,6 +157,12 @@ def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "
         elif graph.neighbours(name) and END not in graph.reachable(name) and not _stops(graph, name):
             say(("edges", name), f"from {name!r} the walk can never end (a cycle to nowhere); connect it: lmgraph graph connect {name} end")
     return problems
+
+
+def _answers(graph: Graph) -> list[tuple[tuple[str, ...], AnswerSpec]]:
+    """(place in the file, what it says) wherever it is said how to answer."""
+    own = [(("nodes", name, "answer"), node.answer) for name, node in graph.nodes.items() if node.answer is not None]
+    return [(("answer",), graph.answer), *own]
 
 
 def _stops(graph: Graph, name: str) -> bool:

@@ -12,7 +12,22 @@ from typing import Any
 import yaml
 
 from lmgraph.errors import GraphError
-from lmgraph.graph import END, KINDS, MODALITIES, REWRITE, START, VERSION, Graph, MasterSpec, Node, WorkerSpec, check
+from lmgraph.graph import (
+    END,
+    KINDS,
+    MODALITIES,
+    MODES,
+    REWRITE,
+    START,
+    VERSION,
+    VOTERS,
+    AnswerSpec,
+    Graph,
+    MasterSpec,
+    Node,
+    WorkerSpec,
+    check,
+)
 
 
 def to_dict(graph: Graph) -> dict[str, Any]:
@@ -20,16 +35,23 @@ def to_dict(graph: Graph) -> dict[str, Any]:
     master = _without_defaults(graph.master)
     nodes = {}
     for name, node in graph.nodes.items():
-        row = _without_defaults(node, skip=("name", "worker"))
+        row = _without_defaults(node, skip=("name", "worker", "answer"))
         row["token"] = node.token
         row["worker"] = {"kind": node.worker.kind, **_without_defaults(node.worker, skip=("kind",))}
+        if node.answer is not None:
+            row["answer"] = _answer(node.answer)
         nodes[name] = row
     return {
         "version": VERSION,
         "master": master or {"bundle": "mmlu"},
+        **({"answer": _answer(graph.answer)} if graph.answer != AnswerSpec() else {}),
         "nodes": nodes,
         "edges": {name: list(targets) for name, targets in graph.edges.items()},
     }
+
+
+def _answer(spec: AnswerSpec) -> dict[str, Any]:
+    return {"mode": spec.mode, **_without_defaults(spec, skip=("mode",))}
 
 
 def _without_defaults(value: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -202,7 +224,8 @@ class _Reader:
             self.say(path, f"found {value!r}; valid: {', '.join(choices)}")
 
     def graph(self, data: Any) -> Graph | None:
-        top = self.take(data, (), {"version": (int,), "master": (dict,), "nodes": (dict,), "edges": (dict,)}, ("version", "nodes", "edges"))
+        sections = {"version": (int,), "master": (dict,), "answer": (dict,), "nodes": (dict,), "edges": (dict,)}
+        top = self.take(data, (), sections, ("version", "nodes", "edges"))
         if top.get("version", VERSION) != VERSION:
             self.say(("version",), f"found {top['version']}, this lmgraph reads version {VERSION}")
         known = {"bundle": (str,), "threshold": (int, float), "fallback": (str,), "margin": (int, float)}
@@ -210,6 +233,7 @@ class _Reader:
         for name in ("threshold", "margin"):
             if not 0 <= spec.get(name, 0) <= 1:
                 self.say(("master", name), f"found {spec[name]}, expected a probability from 0 to 1")
+        answer = self.answer(top["answer"], ("answer",)) if "answer" in top else AnswerSpec()
         for section in ("nodes", "edges"):
             for name in top.get(section, {}):
                 if not isinstance(name, str):  # YAML reads a bare `no` as false, and 1 and "1" would be one node
@@ -220,9 +244,22 @@ class _Reader:
             if node:
                 nodes[str(name)] = node
         edges = {str(at): self.strings(to, ("edges", str(at))) for at, to in top.get("edges", {}).items()}
-        if self.problems:
+        if self.problems or answer is None:
             return None
-        return Graph(nodes, edges, MasterSpec(**spec))
+        return Graph(nodes, edges, MasterSpec(**spec), answer)
+
+    def answer(self, data: Any, path: tuple[str, ...]) -> AnswerSpec | None:
+        row = self.take(data, path, {"mode": (str,), "workers": (int,), "voters": (dict,), "judge": (str,)}, ("mode",))
+        self.one_of(row.get("mode", MODES[0]), MODES, (*path, "mode"))
+        fewest, most = VOTERS
+        if not fewest <= row.get("workers", fewest) <= most:
+            self.say((*path, "workers"), f"found {row['workers']}, expected {fewest} to {most}")
+        for name, value in row.get("voters", {}).items():
+            if not isinstance(name, str):
+                self.say((*path, "voters", str(name)), f"found {_kind(name)} as a node's name, expected text; put it in quotes")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                self.say((*path, "voters", str(name)), f"found {_kind(value)}, expected a probability between 0 and 1, neither of them")
+        return AnswerSpec(**row) if row.get("mode") else None
 
     def node(self, name: str, data: Any) -> Node | None:
         path = ("nodes", name)
@@ -241,6 +278,7 @@ class _Reader:
                 "accepts": (str, list),
                 "fallback": (str,),
                 "adapter": (str,),
+                "answer": (dict,),
             },
             ("token", "description", "worker"),
         )
@@ -253,9 +291,10 @@ class _Reader:
         for modality in accepts:
             self.one_of(modality, MODALITIES, (*path, "accepts"))
         worker = self.worker(row.pop("worker", {"kind": "embedded", "model": "-"}), (*path, "worker"))
+        answer = self.answer(row.pop("answer"), (*path, "answer")) if "answer" in row else None
         if len(self.problems) > before or worker is None:
             return None
-        return Node(name=name, worker=worker, accepts=accepts, **row)
+        return Node(name=name, worker=worker, accepts=accepts, answer=answer, **row)
 
     def worker(self, data: Any, path: tuple[str, ...]) -> WorkerSpec | None:
         row = self.take(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmgraph.graph import KINDS, MODALITIES, REWRITE, VERSION
+from lmgraph.graph import KINDS, MODALITIES, MODES, REWRITE, VERSION, VOTERS
 
 
 def schema() -> dict[str, Any]:
@@ -28,6 +28,23 @@ def schema() -> dict[str, Any]:
             "answers": {"type": "object", "description": "scripted only: request -> answer, '*' for any"},
         },
     }
+    competence = {**number, "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    answer = {
+        "type": "object",
+        "required": ["mode"],
+        "additionalProperties": False,
+        "description": "a node's own wins over the graph's",
+        "properties": {
+            "mode": {"enum": list(MODES), "description": "single: one worker answers; vote: several do, and their answers are weighed"},
+            "workers": {"type": "integer", "minimum": VOTERS[0], "maximum": VOTERS[1], "description": "how many vote"},
+            "voters": {
+                "type": "object",
+                "additionalProperties": competence,
+                "description": "node -> measured probability that its worker is right; none named: the master's best nodes vote",
+            },
+            "judge": {**text, "description": "node whose worker makes one answer out of free texts, which no vote can compare"},
+        },
+    }
     node = {
         "type": "object",
         "required": ["token", "description", "worker"],
@@ -41,6 +58,7 @@ def schema() -> dict[str, Any]:
             "accepts": {"oneOf": [text, {"type": "array", "items": {"enum": list(MODALITIES)}}]},
             "fallback": {**text, "description": "node that takes over when this worker fails"},
             "adapter": text,
+            "answer": answer,
         },
     }
     return {
@@ -66,6 +84,7 @@ def schema() -> dict[str, Any]:
                     },
                 },
             },
+            "answer": answer,
             "nodes": {"type": "object", "additionalProperties": node, "propertyNames": {"pattern": "^[A-Za-z0-9_-]{1,64}$"}},
             "edges": {"type": "object", "additionalProperties": {"oneOf": [text, {"type": "array", "items": text}]}},
         },

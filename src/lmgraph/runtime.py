@@ -10,17 +10,18 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmgraph import execute
+from lmgraph import execute, voting
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, QueryError, RequestError, UserError, WorkerError
 from lmgraph.files import Quiet, Watcher, master_file, model_file, read_graph, with_profile
 from lmgraph.graph import Graph, Node
 from lmgraph.master import Master, fits
 from lmgraph.settings import Settings
-from lmgraph.types import Answer, Ask, Decision, Delta, Message, Step, Trace
+from lmgraph.types import Answer, Ask, Decision, Delta, Message, Step, Trace, Vote
 from lmgraph.workers.base import Worker
 from lmgraph.workers.embedded import EmbeddedWorker, SharedEngine
 from lmgraph.workers.openai import OpenAIWorker
@@ -234,7 +235,7 @@ class Runtime:
     ) -> AsyncGenerator[Delta, None]:
         """Stream an answer; the last Delta carries the Trace.
 
-        `decided` is told the decision before the worker starts, `answering` the node whose worker gives the first piece.
+        `decided` is told the decision before a worker starts, `answering` the node whose worker gives the first piece (of a vote: won).
         """
         async with self._present() as scene:
             nodes = scene.graph.nodes
@@ -254,24 +255,30 @@ class Runtime:
             last = max(i for i, m in enumerate(ask.messages) if m.role == "user")
             plain = all(m.raw is None for m in ask.messages[last:])  # else: pictures, or a tool's answer after it; passed on as it is
             messages = (*ask.messages[:last], Message("user", request)) if plain else ask.messages
-            steps: list[Step] = []
-            stream = execute.run(
-                nodes[name],
-                [node for node in _chain(scene.graph, name) if able is None or node.name in able],
-                messages,
-                lambda node: self._worker_of(scene, node),
+            chain = [node for node in _chain(scene.graph, name) if able is None or node.name in able]
+            run = partial(
+                execute.run,
+                open_worker=lambda node: self._worker_of(scene, node),
                 max_tokens=ask.max_tokens,
                 temperature=ask.temperature,
                 options=ask.options,
-                whole=ask.whole,
-                answering=answering,
             )
+            poll = voting.poll(scene.graph, ask, name, decision, able)
+            stream: AsyncGenerator[Delta | Step | Vote, None] = (
+                voting.run(poll, chain, messages, run, whole=ask.whole, answering=answering)
+                if poll
+                else run(nodes[name], chain, messages, whole=ask.whole, answering=answering)
+            )
+            steps: list[Step] = []
+            vote: Vote | None = None
             async with aclosing(stream):
                 async for item in stream:
                     if isinstance(item, Step):
                         steps.append(item)
+                    elif isinstance(item, Vote):
+                        vote = item
                     elif item.done:
-                        yield replace(item, trace=Trace(decision, tuple(steps)))
+                        yield replace(item, trace=Trace(decision, tuple(steps), vote))
                     else:
                         yield item
 

@@ -118,17 +118,46 @@ class Step:
     attempts: int = 1
     error: str = ""
     usage: Mapping[str, int] = field(default_factory=dict)
+    voter: bool = False
+    """one of those who voted: they all began together, before any other step"""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """How several workers' answers were weighed. Voters that failed are in the steps only."""
+
+    votes: tuple[tuple[str, str | None, float], ...]
+    """(node, what could be compared of its answer: None for free text, weight)"""
+    winner: str
+    """the node whose answer was taken, or would have been without a judge"""
+    share: float
+    """weight of those who agree with the winner among all, 0 to 1; 0 when no answer could be compared"""
+    judge: str = ""
+    """the node that made one answer out of free texts, '' when none did"""
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {
+            "votes": [{"node": node, "key": key, "weight": round(weight, 4)} for node, key, weight in self.votes],
+            "winner": self.winner,
+            "share": round(self.share, 4),
+            "judge": self.judge,
+        }
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened to one ask: the decision (None when a node was pinned) and the steps."""
+    """What happened to one ask: the decision (None when a node was pinned), the steps, the vote (None when there was none).
+
+    The last step is the one whose answer was given.
+    """
 
     decision: Decision | None = None
     steps: tuple[Step, ...] = ()
+    vote: Vote | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """One JSON object; `vote` is in it only when there was one."""
         return {
             "decision": self.decision.to_json() if self.decision else None,
             "steps": [
@@ -143,6 +172,7 @@ class Trace:
                 }
                 for s in self.steps
             ],
+            **({"vote": self.vote.to_json()} if self.vote else {}),
         }
 
 

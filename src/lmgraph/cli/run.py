@@ -63,7 +63,7 @@ async def _ask(
     show_trace: bool,
     as_json: bool,
 ) -> None:
-    from lmgraph.cli.show import Bars, console, decision_lines, out
+    from lmgraph.cli.show import Bars, console, decision_lines, out, vote_lines
     from lmgraph.runtime import Runtime
     from lmgraph.types import Ask, Decision, Message
 
@@ -96,6 +96,8 @@ async def _ask(
             out("\n")
             if finish == "length":
                 console.print("(the answer was cut at --max-tokens)", style="yellow")
+            if trace.vote:
+                console.print(vote_lines(trace.vote))
             for step in trace.steps:
                 if step.error:
                     console.print(f"{step.node} failed: {step.error}", style="yellow", markup=False)

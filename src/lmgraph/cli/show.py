@@ -11,8 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.text import Text
 from rich.tree import Tree
 
-from lmgraph.graph import END, START, Graph
-from lmgraph.types import Decision
+from lmgraph.graph import END, START, AnswerSpec, Graph
+from lmgraph.types import Decision, Vote
 
 console = Console(stderr=True, highlight=False)
 
@@ -90,11 +90,29 @@ def decision_lines(decision: Decision, token: str) -> Text:
     return out
 
 
+def vote_lines(vote: Vote) -> Text:
+    """A line for each voter: node, what could be compared of its answer, weight; the winner's share of all; who judged."""
+    out = Text()
+    for node, key, weight in vote.votes:
+        won = node == vote.winner and not vote.judge
+        out.append(f"{node}", style="bold green" if won else "green")
+        out.append(f"  {'free text' if key is None else key}", style="cyan")
+        out.append(f"  weight {weight:.2f}", style="dim")
+        if won:
+            out.append(f"  won with {vote.share:.0%}" if vote.share else "  taken: the most competent", style="bold")
+        out.append("\n")
+    if vote.judge:
+        out.append(f"{vote.judge} made one answer out of these\n", style="dim")
+    out.rstrip()
+    return out
+
+
 def graph_tree(given: Graph) -> Tree:
     """The graph as a tree from start, two levels deep, with token and worker of each node."""
     root = Tree(
         Text(
-            f"start (master: {given.master.bundle}, threshold {given.master.threshold:g}, fallback {given.master.fallback or '-'})",
+            f"start (master: {given.master.bundle}, threshold {given.master.threshold:g}, fallback {given.master.fallback or '-'})"
+            f"{_answering(given.answer)}",
             style="bold",
         )
     )
@@ -106,11 +124,21 @@ def graph_tree(given: Graph) -> Tree:
         worker = node.worker
         line.append(f"  {worker.kind} {worker.model}{' ' + ', '.join(worker.urls) if worker.urls else ''}", style="cyan")
         line.append(f"  {node.description}", style="dim")
+        if node.answer:
+            line.append(_answering(node.answer) or "  one answers", style="yellow")
         branch = root.add(line)
         following = given.neighbours(name)
         if following:
             branch.add(Text("then: " + ", ".join(following), style="dim"))
     return root
+
+
+def _answering(spec: AnswerSpec) -> str:
+    """How queries are answered, where not by one worker."""
+    if spec.mode != "vote":
+        return ""
+    who = ", ".join(f"{name} {competence:.2f}" for name, competence in spec.voters.items())
+    return f"  vote of {spec.workers}{f' among {who}' if who else ''}{f', judge {spec.judge}' if spec.judge else ''}"
 
 
 def graph_svg(given: Graph) -> str:

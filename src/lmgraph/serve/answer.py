@@ -126,11 +126,11 @@ class Answering:
         self.steps = last.trace.steps if last.trace else ()
         for step in self.steps:
             self.metrics.loads[step.node].failures += bool(step.error)
+            for kind, count in step.usage.items():
+                if kind in COUNTED:
+                    self.metrics.tokens[step.node, COUNTED[kind]] += count
         self.metrics.loads[self.node].answers += 1
         self.metrics.answers[self.node,] += 1
-        for kind, count in last.usage.items():
-            if kind in COUNTED and not self.kept:
-                self.metrics.tokens[self.node, COUNTED[kind]] += count
         if self.flight and not self.kept and plain and last.finish in ("stop", "length"):
             self.flight.land(Kept(self.node, text, last.finish, dict(last.usage), self.probability, trace))
         if self.memory:

@@ -238,7 +238,8 @@ def _replies() -> dict[str, Schema]:
     message = _object({"tool_calls": _list({"type": "object"})}, role={"const": "assistant"}, content=_or_null(TEXT))
     choice = _object(index=WHOLE, message=message, finish_reason=TEXT)
     step = _object(node=TEXT, request=TEXT, ms=NUMBER, first_ms=NUMBER, attempts=WHOLE, error=TEXT, usage={"type": "object"})
-    traced = _object({"decision": {"anyOf": [_ref("Decision"), {"type": "null"}]}, "steps": _list(step), "cache": FLAG})
+    vote = _object(votes=_list(_object(node=TEXT, key=_or_null(TEXT), weight=NUMBER)), winner=TEXT, share=SHARE, judge=TEXT)
+    traced = _object({"decision": _or_null(_ref("Decision")), "steps": _list(step), "vote": vote, "cache": FLAG})
     decision: dict[str, Schema] = {
         **dict.fromkeys(("node", "query", "rewritten", "chosen", "rewrite_note"), TEXT),
         **{"token": WHOLE, "shortened": WHOLE, "fallback": FLAG, "stayed": FLAG, "probability": SHARE},

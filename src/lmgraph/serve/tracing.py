@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lmgraph import __version__
@@ -80,21 +80,24 @@ class Tracing:
 
         `trace_parent` is the request's W3C `traceparent` header; times are nanoseconds since 1970, `status` is HTTP's. `attributes` are the
         request's own, such as `gen_ai.request.model`; none of them may hold message text. Steps follow one another and the last one ends
-        with the request, so their places in time are counted back from there.
+        with the request, so their places in time are counted back from there; voters come before all others and begin together.
         """
         kinds, own = self._api.SpanKind, dict(attributes or {})
         carrier = {"traceparent": trace_parent} if trace_parent else {}
         last = next((step for step in reversed(steps) if not step.error), None)
         if last is not None:
-            own = {"gen_ai.response.model": f"lmgraph/{last.node}", **_usage(last), **own}
+            own = {"gen_ai.response.model": f"lmgraph/{last.node}", **_usage(steps), **own}
         own = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "lmgraph", **own}
         own |= {"lmgraph.request.id": request_id, "http.response.status_code": status}
         name = f"{own['gen_ai.operation.name']} {own.get('gen_ai.request.model', 'lmgraph')}"
         root = self._tracer.start_span(name, self._parents.extract(carrier), kinds.SERVER, own, start_time=began_ns)
         at = ended_ns
-        for step in reversed(steps):
-            start = max(began_ns, at - int(step.ms * 1e6))
-            self._child(root, f"chat {step.node}", kinds.CLIENT, start, at, _of_step(step), bool(step.error))
+        voters = [step for step in steps if step.voter]
+        for group in (*([step] for step in reversed(steps) if not step.voter), voters):
+            start = max(began_ns, at - int(max((step.ms for step in group), default=0) * 1e6))
+            for step in group:
+                end = min(at, start + int(step.ms * 1e6))
+                self._child(root, f"chat {step.node}", kinds.CLIENT, start, end, _of_step(step), bool(step.error))
             at = start
         if decision is not None:
             took = decision.tokenise_ms + decision.prefill_ms + decision.decode_ms
@@ -136,13 +139,13 @@ def _of_step(step: Step) -> dict[str, Value]:
         "gen_ai.provider.name": "lmgraph",
         "gen_ai.request.model": f"lmgraph/{step.node}",
         "lmgraph.step.attempts": step.attempts,
-        **_usage(step),
+        **_usage([step]),
     }
     if step.first_ms:
         found["gen_ai.response.time_to_first_chunk"] = step.first_ms / 1000
     return {**found, "error.type": "worker_error"} if step.error else found
 
 
-def _usage(step: Step) -> dict[str, Any]:
+def _usage(steps: Sequence[Step]) -> dict[str, Value]:
     names = {"prompt_tokens": "gen_ai.usage.input_tokens", "completion_tokens": "gen_ai.usage.output_tokens"}
-    return {names[name]: count for name, count in step.usage.items() if name in names}
+    return {names[name]: sum(s.usage.get(name, 0) for s in steps) for name in names if any(name in s.usage for s in steps)}
