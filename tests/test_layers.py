@@ -15,6 +15,7 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
     "files", "master", "execute", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
     "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes",
+    "evaluate.mmludata", "evaluate.asking", "evaluate.journal", "evaluate.mmlu", "evaluate.marks",
     "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.graphs", "cli.training", "cli.measuring",
     "cli.keeping", "cli.serving",
 ]
@@ -22,11 +23,11 @@ HOMES = {
     "xllamacpp": {"engine"}, "torch": {"train.model", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
     "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "train.tiny", "train.heads", "cli.training"}, "safetensors": {"bundles", "train.tune"},
     "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
-    "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.pictures"},
+    "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.pictures"}, "pyarrow": {"evaluate.mmludata"},
 }
 PURE = {"errors", "quickjson", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi", "evaluate.statistics"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
-LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures"}
+LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.mmludata"}
 BUDGET = 360
 
 
