@@ -125,7 +125,7 @@ def mmlu(
     fresh: bool,
     as_json: bool,
 ) -> None:
-    """MMLU with the whole graph: routed by the master, routed by subject, each worker alone, a random node.
+    """MMLU with the whole graph: routed by the master, by subject, each worker alone, at random.
 
     DATA is a folder with MMLU's dev and test questions (the original CSV files, Hugging Face's cais/mmlu as Parquet or JSON Lines, or
     dev.jsonl and test.jsonl), or one file of test questions for --shots 0.

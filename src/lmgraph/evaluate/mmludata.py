@@ -181,7 +181,7 @@ def _questions(file: Path, subject: str, kind: str, problems: list[str]) -> Iter
     """The questions of one file; what is wrong with it goes to `problems`."""
     counts: dict[str, int] = {}
     for line, row in _rows(file, problems):
-        found = _question(row, subject, f"{file.name}:{line}: ", problems)
+        found = _question(row, subject, f"{_name(file)}:{line}: ", problems)
         if found is not None:
             number = counts[found.subject] = counts.get(found.subject, -1) + 1
             yield found if found.id else replace(found, id=f"{found.subject}/{kind}/{number}")
@@ -219,10 +219,10 @@ def _rows(file: Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, A
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8", newline="" if file.suffix == ".csv" else None) as text:
-            for line, row in _cells(text, file.name, problems) if file.suffix == ".csv" else _objects(text, file.name, problems):
+            for line, row in _cells(text, _name(file), problems) if file.suffix == ".csv" else _objects(text, _name(file), problems):
                 yield line, row
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        problems.append(f"{file.name}:{line + 1}: cannot be read: {error}")
+        problems.append(f"{_name(file)}:{line + 1}: cannot be read: {error}")
 
 
 def _cells(text: Iterable[str], name: str, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -264,9 +264,14 @@ def _parquet(file: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     try:
         rows: list[Mapping[str, Any]] = parquet.read_table(file).to_pylist()
     except (OSError, ValueError, NotImplementedError) as error:  # what pyarrow's own exceptions are
-        problems.append(f"{file.name}:1: cannot be read as Parquet: {error}")
+        problems.append(f"{_name(file)}:1: cannot be read as Parquet: {error}")
         return []
     return rows
+
+
+def _name(file: Path) -> str:
+    """With its folder: many subjects have a test.jsonl each."""
+    return f"{file.parent.name}/{file.name}"
 
 
 def _short(value: Any) -> str:
