@@ -19,18 +19,18 @@ from lmgraph.evaluate.report import Cells, Picture, Report, Section, interval, p
 from lmgraph.evaluate.statistics import difference, ratio, share, wilson
 
 BEST, RANDOM, ORACLE, ROUTED, REWRITTEN, ANY = (
-    "best single worker",
+    "best single",
     "random node",
-    "routed by subject (oracle)",
-    "routed by the master",
+    "by subject (oracle)",
+    "routed",
     "routed, rewritten",
     "any worker right",
 )
 MEANS = {
-    BEST: "chosen with hindsight, on these questions",
+    BEST: "one worker for all, chosen with hindsight on these questions",
     RANDOM: "expected, every node equally likely",
     ORACLE: "the node of the question's subject",
-    ROUTED: "after the fallback, as serving would",
+    ROUTED: "the node that the master chooses, after the fallback, as serving would",
     REWRITTEN: "the same, with the master's rewrite where it passed the guard",
     ANY: "no router can do better with these workers",
 }
@@ -207,27 +207,28 @@ def _note(metrics: Mapping[str, Any]) -> str:
 def _sections(metrics: Mapping[str, Any]) -> list[Section]:
     policies, alone, router = metrics["policies"], metrics["alone"], metrics["router"]
     after = router["after_fallback"]
+    same = ", all with the same worker: routing changes no answer" if len(alone) == 1 else ""
     summary: list[Cells] = [
         ("questions", f"{metrics['n']:,}", f"{len(metrics['by_subject'])} subjects, {metrics['shots']}-shot"),
-        ("distinct workers", f"{len(alone)}", f"{len(metrics['nodes'])} nodes"),
+        ("distinct workers", f"{len(alone)}", f"{len(metrics['nodes'])} nodes{same}"),
+        ("best single worker", percent(policies[BEST]["accuracy"]), f"{metrics['best']}, known only afterwards"),
         ("router accuracy", percent(router["accuracy"]), interval(router["interval"])),
         ("after the fallback", percent(after["accuracy"]), f"{interval(after['interval'])}, fallback for {router['fallbacks']:,}"),
     ]
     if metrics["rewrites"]:
         summary.append(("rewritten questions", f"{metrics['rewrites']['used']:,}", "passed the guard"))
-    head = ("policy", "right", "interval", "to best single", "its interval", "prompt tokens", "ms", "detail")
-    table: list[Cells] = [
-        *((name, *_cells(row), metrics["best"] if name == BEST else MEANS[name]) for name, row in policies.items()),
-        *((f"{name} alone", *_cells(row), "") for name, row in alone.items()),
+    every = {**policies, **{f"{name} alone": row for name, row in alone.items()}}
+    table: list[Cells] = [(name, *_cells(row)) for name, row in every.items()]
+    costs: list[Cells] = [
+        (name, *("-" if row[key] is None else f"{row[key]:,.1f}" for key in ("prompt_tokens", "ms")), MEANS.get(name, ""))
+        for name, row in every.items()
     ]
     workers: list[Cells] = [
-        (
-            name,
-            percent(row["share_routed"]),
-            percent(row["share_oracle"]),
-            *(f"{row[key]:,}" for key in ("likelihood", "parsed", "no_answer", "fewer_shots")),
-            ", ".join(row["nodes"]),
-        )
+        (name, f"{len(row['nodes'])}", percent(row["share_routed"]), percent(row["share_oracle"]), f"{row['no_answer']:,}")
+        for name, row in metrics["workers"].items()
+    ]
+    how: list[Cells] = [
+        (name, *(f"{row[key]:,}" for key in ("likelihood", "parsed", "fewer_shots")), ", ".join(row["nodes"]))
         for name, row in metrics["workers"].items()
     ]
     nodes: list[Cells] = [
@@ -247,13 +248,12 @@ def _sections(metrics: Mapping[str, Any]) -> list[Section]:
     ]
     return [
         Section("Summary", ("measure", "value", "detail"), summary),
-        Section("Policies", head, table),
+        Section("Policies", ("policy", "right", "interval", "to best", "interval of that"), table),
+        Section("Workers", ("worker", "nodes", "calls, routed", "calls, by subject", "no answer"), workers),
         Section(
-            "Workers",
-            ("worker", "calls, routed", "calls, oracle", "by likelihood", "by words", "no answer", "fewer shots", "nodes"),
-            workers,
-            text=frozenset({"nodes"}),
+            "How answers were had", ("worker", "likelihood", "words", "fewer shots", "nodes"), how, text=frozenset({"nodes"}), brief=False
         ),
+        Section("What policies cost and mean", ("policy", "prompt tokens", "ms", "detail"), costs, brief=False),
         Section("Router by node", ("node", "n", "right", "interval", "after the fallback"), nodes),
         Section(
             "Subjects",
@@ -266,13 +266,6 @@ def _sections(metrics: Mapping[str, Any]) -> list[Section]:
 
 
 def _cells(row: Mapping[str, Any]) -> Cells:
-    tokens, ms = row["prompt_tokens"], row["ms"]
     low, high = row["difference_interval"]
-    return (
-        percent(row["accuracy"]),
-        interval(row["interval"]),
-        f"{row['difference'] * 100:+.1f}",
-        f"{low * 100:+.1f} to {high * 100:+.1f}",
-        "-" if tokens is None else f"{tokens:,.0f}",
-        "-" if ms is None else f"{ms:,.1f}",
-    )
+    gap = (f"{row['difference'] * 100:+.1f}", f"{low * 100:+.1f} to {high * 100:+.1f}")
+    return (percent(row["accuracy"]), interval(row["interval"]), *gap)
