@@ -107,11 +107,14 @@ class Engine:
         if server is not None:
             await asyncio.to_thread(_drop, server)
 
-    async def tokenise(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text. With special=False a special token's spelling is plain text."""
+    async def tokenise(self, text: str, special: bool = False, begin: bool = False) -> list[int]:
+        """Ids of a text. With special=False a special token's spelling is plain text.
+
+        `begin`: a text that stands for itself, with no chat template around it: what this model puts first (BOS) comes first.
+        """
         if not text:
             return []
-        answer = await self._run(self._api.post, "/tokenize", {"content": text, "add_special": False, "parse_special": special})
+        answer = await self._run(self._api.post, "/tokenize", {"content": text, "add_special": begin, "parse_special": special})
         return [int(i) for i in answer["tokens"]]
 
     async def detokenise(self, ids: Sequence[int]) -> str:

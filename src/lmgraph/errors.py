@@ -89,12 +89,13 @@ class RequestError(UserError):
 
 
 class MissingExtra(UserError):
-    """An optional dependency is needed and not installed."""
+    """An optional dependency is needed and not installed: an `extra` of lmgraph, or a `package` that is in none."""
 
     code = "missing_extra"
 
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an optional part of lmgraph that is not installed.", f"Install it: pip install 'lmgraph[{extra}]'")
+    def __init__(self, what: str, extra: str = "", *, package: str = "") -> None:
+        needed, install = (package, package) if package else ("an optional part of lmgraph", f"'lmgraph[{extra}]'")
+        super().__init__(f"{what} needs {needed}, which is not installed.", f"Install it: pip install {install}")
 
 
 class AssetError(LmgraphError):

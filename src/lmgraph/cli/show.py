@@ -30,8 +30,8 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def progress(self, task: str, done: int, total: int) -> None:
-        """Show `done` of `total`; bytes when the task fetches something."""
+    def progress(self, task: str, done: int, total: int, note: str = "") -> None:
+        """Show `done` of `total`; bytes when the task fetches something. `note` is how it goes (a score so far)."""
         if self._progress is None:
             amount = DownloadColumn() if task.startswith("fetching") else MofNCompleteColumn()
             self._progress = Progress(
@@ -39,6 +39,7 @@ class Bars:
                 BarColumn(),
                 amount,
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", style="dim"),
                 console=console,
                 transient=True,
                 redirect_stdout=sys.stdout.isatty(),
@@ -47,8 +48,8 @@ class Bars:
         if task not in self._tasks:
             if not console.is_terminal:
                 console.print(f"{task} ...")
-            self._tasks[task] = self._progress.add_task(task, total=total)
-        self._progress.update(self._tasks[task], completed=done, total=total)
+            self._tasks[task] = self._progress.add_task(task, total=total, note=note)
+        self._progress.update(self._tasks[task], completed=done, total=total, note=note)
         if done >= total:
             self._progress.remove_task(self._tasks.pop(task))
             if not self._tasks:

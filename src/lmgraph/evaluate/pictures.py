@@ -140,7 +140,7 @@ def bars(groups: Mapping[str, Mapping[str, float | None]], value: str, title: st
         widths = [(row.get(name) or 0.0) * 100 for row in groups.values()]
         axes.barh(places, widths, height=step, align="edge", color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, label=name)
     axes.set_yticks([i + 0.4 for i in range(len(groups))], [_short(name) for name in groups], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups), -0.2)  # first group on top; a margin would grow with the number of groups
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)
     axes.set(xlabel=f"{value} (%)", xlim=(0, 100))

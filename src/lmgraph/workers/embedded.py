@@ -77,6 +77,10 @@ class EmbeddedWorker:
                 await stream.aclose()
         yield Delta(done=True, finish=finish, usage={"prompt_tokens": len(ids), "completion_tokens": used})
 
+    async def engine(self) -> Engine:
+        """The model itself, loaded on first use: for what is no conversation."""
+        return await self._shared.get()
+
     async def close(self) -> None:
         await self._shared.close()
 
