@@ -129,12 +129,15 @@ async def _run(
 
     from lmgraph.cli.show import Bars
     from lmgraph.evaluate import compare as comparing
+    from lmgraph.evaluate.journal import open_journal
 
     results = []
-    with tempfile.TemporaryDirectory() as scratch, Bars() as bars:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Bars() as bars,
+        open_journal(out / "verdicts.jsonl" if out else None, comparing.Decided) as journal,
+    ):
         keep = out or Path(scratch)
-        keep.mkdir(parents=True, exist_ok=True)
-        journal = comparing.Journal(keep / "verdicts.jsonl")
         makers = _makers(few, given, beside, settings(), keep, bars, rows)
         for kind in kinds:
             contestant = await makers[kind]()

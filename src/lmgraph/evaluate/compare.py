@@ -6,17 +6,15 @@ decided is kept as it comes, so that a run that was stopped goes on. It knows ne
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.evaluate import pictures
 from lmgraph.evaluate.contestants import Contestant, Verdict
+from lmgraph.evaluate.journal import Journal, key_of
 from lmgraph.evaluate.report import Cells, Picture, Report, Section, interval, percent
 from lmgraph.evaluate.statistics import auroc, difference, share, spread
 from lmgraph.train.examples import Example
@@ -55,39 +53,16 @@ class Result:
     missing: str = ""
 
 
-class Journal:
-    """Verdicts in a file of JSON Lines, by what they depend on. None keeps them nowhere."""
+@dataclass(frozen=True)
+class Decided:
+    """One decision as the journal keeps it."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._known: dict[str, Any] = {}
-        if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    self._known[row["key"]] = row
-                except (ValueError, KeyError, TypeError):  # a line that was cut off
-                    continue
-
-    def of(self, *parts: object) -> str:
-        """The key of a verdict that depends on these parts."""
-        return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:24]
-
-    def get(self, key: str) -> tuple[Verdict, float] | None:
-        """(verdict, ms) when it was kept."""
-        row = self._known.get(key)
-        return (Verdict(row["node"], row["score"]), row["ms"]) if row else None
-
-    def put(self, key: str, verdict: Verdict, ms: float) -> None:
-        """Keep a verdict, at once."""
-        row = {"key": key, "node": verdict.node, "score": verdict.score, "ms": round(ms, 3)}
-        self._known[key] = row
-        if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+    node: str
+    score: float
+    ms: float
 
 
-async def run(contestant: Contestant, contest: Contest, most: int, journal: Journal, progress: Progress) -> Result:
+async def run(contestant: Contestant, contest: Contest, most: int, journal: Journal[Decided], progress: Progress) -> Result:
     """Fit, decide at most `most` queries, close. A contestant whose library is missing comes back with `missing`, not as an error."""
     if not contest.queries or not contest.examples:
         raise DataError(f"There are {len(contest.queries)} queries and {len(contest.examples)} examples: nothing to compare.")
@@ -98,18 +73,18 @@ async def run(contestant: Contestant, contest: Contest, most: int, journal: Jour
     except MissingExtra as error:
         return Result(contestant.name, missing=f"{error.message} {error.hint}")
     made = Result(contestant.name, queries, fit_s=time.perf_counter() - began)
-    examples = journal.of([(e.query, e.node) for e in contest.examples], list(contest.nodes.items()))
+    learnt = key_of([(e.query, e.node) for e in contest.examples], list(contest.nodes.items()))
     try:
         for number, query in enumerate([e.query for e in queries] + outside):
-            key = journal.of(contestant.name, examples, query)
-            kept = journal.get(key)
-            if kept is None:
+            key = key_of(contestant.name, learnt, query)
+            found = journal.get(key)
+            if found is None:
                 started = time.perf_counter()
                 verdict = await contestant.decide(query)
-                kept = verdict, (time.perf_counter() - started) * 1000
-                journal.put(key, *kept)
-            (made.verdicts if number < len(queries) else made.outside).append(kept[0])
-            made.ms.append(kept[1])
+                found = Decided(verdict.node, verdict.score, round((time.perf_counter() - started) * 1000, 3))
+                journal.add(key, found, {"contestant": contestant.name})
+            (made.verdicts if number < len(queries) else made.outside).append(Verdict(found.node, found.score))
+            made.ms.append(found.ms)
             progress(contestant.name, number + 1, len(queries) + len(outside))
     finally:
         await contestant.close()

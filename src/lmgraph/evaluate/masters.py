@@ -15,7 +15,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lmgraph import bundles
+from lmgraph.assets import atomic
 from lmgraph.engine import Engine
 from lmgraph.errors import MissingExtra
 from lmgraph.evaluate.contestants import Verdict
@@ -27,8 +30,14 @@ from lmgraph.train.examples import Example
 
 Progress = Callable[[str, int, int], None]
 CONTEXT = 1024
-FEW: dict[str, Any] = {"epochs": 6.0, "batch_tokens": 768, "learning_rate": 5e-4, "warmup": 0.1, "validate_every": 1_000_000}
+START = "mmlu"
+"""built-in bundle that few examples begin with"""
+FEW: dict[str, Any] = {"batch_tokens": 768, "learning_rate": 5e-4, "warmup": 0.1, "validate_every": 1_000_000}
 """recipe for a few examples a node; chosen on BANKING77's training queries that are not among the examples"""
+PASSES = 50
+"""times that a node's examples are seen, all together: 5 epochs of 10 examples"""
+EPOCHS = (3, 8)
+"""fewest and most epochs"""
 
 
 class Served:
@@ -55,7 +64,7 @@ class Served:
 
 
 class Few(Served):
-    """A master trained on the examples that it is given: LoRA and rows, from the base."""
+    """A master trained on the examples that it is given: rows from the nodes' names, LoRA from the built-in master's."""
 
     def __init__(self, base: Path, digest: str, folder: Path, threads: int, progress: Progress) -> None:
         super().__init__()
@@ -67,9 +76,11 @@ class Few(Served):
             from lmgraph.train import tune
         except ImportError as error:
             raise MissingExtra(self.name, "train") from error
-        recipe = replace(tune.Recipe(), threads=self._threads, **FEW)
+        epochs = float(min(max(round(PASSES * len(nodes) / len(examples)), EPOCHS[0]), EPOCHS[1]))
+        recipe = replace(tune.Recipe(), threads=self._threads, epochs=epochs, **FEW)
+        start = bundles.builtin_folder() / START
         vocabulary = _vocabulary(self._base, self._digest, nodes)
-        key = [vocabulary.to_json(), asdict(recipe), [(e.query, e.node) for e in examples]]
+        key = [START, vocabulary.to_json(), asdict(recipe), [(e.query, e.node) for e in examples]]
         folder = self._folder / f"master-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
         merged = folder / "master.gguf"
         if not merged.is_file():
@@ -80,7 +91,7 @@ class Few(Served):
                     at = json.loads(line)
                     self._progress(f"training a master, {len(nodes)} nodes", at["step"], at["of"])
 
-            await asyncio.to_thread(tune.main, self._base, examples, {}, vocabulary, recipe, folder, watch)
+            await asyncio.to_thread(tune.main, self._base, examples, {}, vocabulary, recipe, folder, watch, start)
             (folder / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}\n")
             bundles.merge(bundles.read(str(folder)), self._base, merged)
         self._master = await _load(merged, nodes, self._threads)
@@ -106,13 +117,7 @@ class RowsOnly(Served):
         merged = folder / "rows.gguf"
         if not merged.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            engine = await Engine.open(self._base, context=CONTEXT, slots=2, threads=self._threads, states=True)
-            try:
-                found = await heads.states(
-                    engine, vocabulary, queries, QUERY_LIMIT, lambda a, b: self._progress("hidden states", a, b), folder / "states.npy"
-                )
-            finally:
-                await engine.close()
+            found = await states_of(self._base, None, vocabulary, queries, self._threads, folder / "states.npy", self._progress)
             labels = heads.index([e.node for e in examples], vocabulary.nodes)
             aside = [i % 10 == 9 for i in range(len(examples))]
             inside = [not out for out in aside]
@@ -137,3 +142,37 @@ async def _load(merged: Path, nodes: Mapping[str, str], threads: int) -> Master:
     )
     engine = await Engine.open(merged, context=CONTEXT, slots=1, threads=threads)
     return Master(engine, bundles.vocabulary_of(merged), given)
+
+
+async def states_of(
+    weights: Path, adapter: Path | None, vocabulary: Vocabulary, queries: Sequence[str], threads: int, keep: Path, progress: Progress
+) -> np.ndarray:
+    """Hidden states (N, D) of queries under base weights and, where one is named, a bundle's adapter; kept in a file for the next time.
+
+    By torch where it is installed and fast here, else by llama.cpp, which needs merged weights for an adapter.
+    """
+
+    def watch(done: int, total: int) -> None:
+        progress("hidden states", done, total)
+
+    if keep.is_file() and not np.isnan(found := np.load(keep)).any() and len(found) == len(queries):
+        return np.asarray(found)
+    try:
+        from lmgraph.train import model
+    except MissingExtra:
+        fast = False
+    else:
+        fast = model.fast_bf16()
+    if fast:
+        tensors = None if adapter is None else bundles.read_tensors(adapter)
+        found = await asyncio.to_thread(model.states, weights, tensors, vocabulary, queries, QUERY_LIMIT, watch)
+        with atomic(keep) as part, part.open("wb") as file:
+            np.save(file, found)
+        return found
+    if adapter is not None:
+        weights = bundles.merge(bundles.read(str(adapter.parent)), weights, keep.with_suffix(".gguf"))
+    engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
+    try:
+        return await heads.states(engine, vocabulary, queries, QUERY_LIMIT, watch, keep)
+    finally:
+        await engine.close()

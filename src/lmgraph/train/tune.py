@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lmgraph.bundles import read_tensors, write_tensors, write_vocabulary
+from lmgraph.bundles import read_tensors, read_vocabulary, write_tensors, write_vocabulary
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
@@ -137,7 +137,7 @@ def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabu
 
 
 def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None) -> tuple[Master, data.Encode]:
-    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or all at `start`."""
+    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or at `start`."""
     from peft import LoraConfig, get_peft_model
 
     if recipe.precision not in PRECISIONS:
@@ -155,23 +155,32 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None
             name = encode_text(" " + node.replace("_", " "), False)
             master.output_rows[token] = embeddings[name].mean(0)
         if start is not None:
-            _start_from(master, read_tensors(start / "weights.safetensors"), recipe)
+            _start_from(master, start, vocabulary, recipe)
     return master, encode_text
 
 
-def _start_from(master: Master, tensors: dict[str, np.ndarray], recipe: Recipe) -> None:
-    """Copy a bundle's tensors into a master of the same shape (the reverse of `save`)."""
+def _start_from(master: Master, start: Path, vocabulary: Vocabulary, recipe: Recipe) -> None:
+    """Copy a bundle's tensors into a master (the reverse of `save`). Of the rows, those of nodes that both name by the same token."""
+    tensors = read_tensors(start / "weights.safetensors")
+    known = read_vocabulary(start / "vocabulary.json")[0].nodes
+    shared = [token for name, token in vocabulary.nodes.items() if known.get(name) == token]
     for name, parameter in trained(master).items():
         key, scale = _bundle_name(name), 1.0
+        rows = name.endswith("_rows")
         if key.endswith(".lora_b"):
             scale = recipe.rank / recipe.alpha
-        if key not in tensors or tensors[key].shape != tuple(parameter.shape):
-            found = tensors[key].shape if key in tensors else "nothing"
+        found = tensors[key].shape if key in tensors else "nothing"
+        if found == "nothing" or (found[1:] if rows else found) != tuple(parameter.shape[1 if rows else 0 :]):
             raise DataError(
                 f"The bundle to start from does not fit: {key} is {found}, expected {tuple(parameter.shape)}.",
-                "Use its rank (recipe.json) and the same number of functional tokens.",
+                "Use its rank (recipe.json) and the same base.",
             )
-        parameter.copy_(torch.from_numpy(tensors[key].astype(np.float32)) * scale)
+        value = torch.from_numpy(tensors[key].astype(np.float32)) * scale
+        if rows:
+            parameter[shared] = value[shared]
+            parameter[-1] = value[-1]  # the end token's
+        else:
+            parameter.copy_(value)
 
 
 def _bundle_name(name: str) -> str:
