@@ -1,0 +1,74 @@
+"""Plain facts of a question's text and of its options, as numbers. Pure.
+
+They are what anybody sees at a glance: how long, how many digits, how many options, an option that says "none of the above". It knows no
+answers and no models. Facts of options are facts of a set of questions, too: in MMLU-Pro, where most wrong options were written by a
+language model, they alone say something about which one is right.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from lmgraph.vote import OPTION
+
+FACTS = ("length", "options", "digits", "formula", "blank", "question", "lines", "option length", "option digits", "short options")
+"""of a question"""
+OPTION_FACTS = ("length", "rank", "relative length", "has digits", "digits", "none or all")
+"""of one option"""
+ALL = re.compile(r"\b(?:none|all) of (?:the|these|those)\b", re.IGNORECASE)
+
+
+def options_of(query: str) -> list[str]:
+    """The texts of the options that a multiple-choice question lists at its end ("A. ..." lines), [] where it lists none."""
+    found = [m for m in OPTION.finditer(query)]
+    start = next((i for i in range(len(found) - 1, -1, -1) if (found[i][1] or found[i][2]) == "A"), None)
+    if start is None:
+        return []
+    marks = [m for m in found[start:]]
+    ends = [m.start() for m in marks[1:]] + [len(query)]
+    return [query[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)]
+
+
+def of_question(query: str) -> list[float]:
+    """One number for each of FACTS."""
+    options = options_of(query)
+    stem = query
+    if options and (first := next((m for m in OPTION.finditer(query)), None)):
+        stem = query[: first.start()]
+    joined = " ".join(options)
+    return [
+        math.log1p(len(stem)),
+        len(options),
+        _digits(stem),
+        float("\\" in stem or "=" in stem),
+        float("_" in stem),
+        float("?" in stem),
+        min(stem.count("\n"), 20),
+        math.log1p(len(joined) / max(1, len(options))),
+        _digits(joined),
+        sum(len(option) < 25 and any(c.isdigit() for c in option) for option in options) / max(1, len(options)),
+    ]
+
+
+def of_options(query: str, most: int) -> list[list[float]]:
+    """`most` rows of one number for each of OPTION_FACTS; an option that is not there has not-a-number."""
+    options = options_of(query)[:most]
+    lengths = [len(option) for option in options]
+    mean = sum(lengths) / max(1, len(lengths)) or 1.0
+    rows = [
+        [
+            math.log1p(len(option)),
+            sum(other < len(option) for other in lengths) / len(lengths),
+            len(option) / mean,
+            float(any(c.isdigit() for c in option)),
+            _digits(option),
+            float(bool(ALL.search(option))),
+        ]
+        for option in options
+    ]
+    return rows + [[math.nan] * len(OPTION_FACTS)] * (most - len(rows))
+
+
+def _digits(text: str) -> float:
+    return sum(c.isdigit() for c in text) / max(1, len(text))
