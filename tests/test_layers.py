@@ -14,19 +14,19 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
     "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
     "files", "master", "execute", "voting", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
-    "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.journal", "evaluate.mmludata", "evaluate.asking", "evaluate.mmlu", "evaluate.marks", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign",
-    "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.assigning", "cli.graphs", "cli.training", "cli.measuring", "cli.comparing",
+    "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.journal", "evaluate.mmludata", "evaluate.asking", "evaluate.mmlu", "evaluate.marks", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign", "evaluate.facts", "evaluate.replay", "evaluate.policies",
+    "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.assigning", "cli.graphs", "cli.training", "cli.measuring", "cli.comparing", "cli.replaying",
     "cli.keeping", "cli.serving",
 ]
 HOMES = {
     "xllamacpp": {"engine"}, "torch": {"train.model", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
-    "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "train.tiny", "train.heads"}, "sklearn": {"evaluate.contestants"}, "sentence_transformers": {"evaluate.contestants"}, "semantic_router": {"evaluate.contestants"}, "safetensors": {"bundles", "train.tune"},
+    "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "train.tiny", "train.heads"}, "sklearn": {"evaluate.contestants", "evaluate.policies"}, "sentence_transformers": {"evaluate.contestants"}, "semantic_router": {"evaluate.contestants"}, "safetensors": {"bundles", "train.tune"},
     "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile", "evaluate.outcomes"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.pictures"}, "pyarrow": {"evaluate.mmludata"},
 }
-PURE = {"errors", "quickjson", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi", "evaluate.statistics", "evaluate.assign"}
+PURE = {"errors", "quickjson", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi", "evaluate.statistics", "evaluate.assign", "evaluate.facts"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
-LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters", "evaluate.mmludata"}
+LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters", "evaluate.mmludata", "evaluate.policies"}
 BUDGET = 360
 
 

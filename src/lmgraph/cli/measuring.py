@@ -25,6 +25,7 @@ CONCURRENCY = click.option("--concurrency", type=click.IntRange(1, 64), default=
 TABLE = {
     "routes": ("measuring", "How well the master routes: accuracy, calibration, confusions, rewrites, latency."),
     "mmlu": ("measuring", "MMLU end to end: routed, by subject, each worker alone, at random."),
+    "outcomes": ("replaying", "Replay routing policies on recorded answers of many models."),
     "compare": ("comparing", "Routers side by side: the master, embeddings, listings in the prompt and others."),
 }
 

@@ -117,7 +117,9 @@ class RowsOnly(Served):
         merged = folder / "rows.gguf"
         if not merged.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            found = await states_of(self._base, None, vocabulary, queries, self._threads, folder / "states.npy", self._progress)
+            found = await states_of(
+                self._base, None, vocabulary, queries, QUERY_LIMIT, self._threads, folder / "states.npy", self._progress
+            )
             labels = heads.index([e.node for e in examples], vocabulary.nodes)
             aside = [i % 10 == 9 for i in range(len(examples))]
             inside = [not out for out in aside]
@@ -145,7 +147,14 @@ async def _load(merged: Path, nodes: Mapping[str, str], threads: int) -> Master:
 
 
 async def states_of(
-    weights: Path, adapter: Path | None, vocabulary: Vocabulary, queries: Sequence[str], threads: int, keep: Path, progress: Progress
+    weights: Path,
+    adapter: Path | None,
+    vocabulary: Vocabulary,
+    queries: Sequence[str],
+    limit: int,
+    threads: int,
+    keep: Path,
+    progress: Progress,
 ) -> np.ndarray:
     """Hidden states (N, D) of queries under base weights and, where one is named, a bundle's adapter; kept in a file for the next time.
 
@@ -165,7 +174,7 @@ async def states_of(
         fast = model.fast_bf16()
     if fast:
         tensors = None if adapter is None else bundles.read_tensors(adapter)
-        found = await asyncio.to_thread(model.states, weights, tensors, vocabulary, queries, QUERY_LIMIT, watch)
+        found = await asyncio.to_thread(model.states, weights, tensors, vocabulary, queries, limit, watch)
         with atomic(keep) as part, part.open("wb") as file:
             np.save(file, found)
         return found
@@ -173,6 +182,6 @@ async def states_of(
         weights = bundles.merge(bundles.read(str(adapter.parent)), weights, keep.with_suffix(".gguf"))
     engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
     try:
-        return await heads.states(engine, vocabulary, queries, QUERY_LIMIT, watch, keep)
+        return await heads.states(engine, vocabulary, queries, limit, watch, keep)
     finally:
         await engine.close()

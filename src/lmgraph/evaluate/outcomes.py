@@ -93,6 +93,25 @@ def nearest(name: str, valid: Iterable[str]) -> list[str]:
     return sorted(valid, key=lambda other: -difflib.SequenceMatcher(None, name.casefold(), other.casefold()).ratio())
 
 
+def joined(one: Table, other: Table) -> Table:
+    """The questions of both, of the same models in the same order. Raises DataError for other models or a question that is in both."""
+    if [m.name for m in one.models] != [m.name for m in other.models] or (one.letters is None) != (other.letters is None):
+        raise DataError("The two tables do not record the same models in the same way.", "Use --only to name the models that both have.")
+    known = set(zip(one.queries, one.ids))
+    if double := [i for i, query in zip(other.ids, other.queries) if (query, i) in known or (query and query in one.queries)]:
+        raise DataError(f"Question {double[0]!r} is in both tables ({len(double)} are): its own outcome would reach the policy.")
+    return replace(
+        one,
+        ids=(*one.ids, *other.ids),
+        queries=(*one.queries, *other.queries),
+        categories=(*one.categories, *other.categories),
+        options=(*one.options, *other.options),
+        right=np.vstack([one.right, other.right]),
+        letters=None if one.letters is None or other.letters is None else (*one.letters, *other.letters),
+        truth=(*one.truth, *other.truth),
+    )
+
+
 def load(path: Path, models: Path | None = None) -> Table:
     """A table from a file in any layout of layouts.py; sizes, costs and workers from a models file (models.json beside it when None).
 

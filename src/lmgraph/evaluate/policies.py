@@ -11,54 +11,88 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmgraph import vote
-from lmgraph.errors import MissingExtra
+from lmgraph.errors import DataError, MissingExtra
 from lmgraph.evaluate import assign, facts
 from lmgraph.evaluate.outcomes import Table
 from lmgraph.evaluate.replay import NOBODY, Array, Asked, View, folds
 
-RIDGE = 100.0
-"""penalty of the regression from features to who is right; of little weight between 30 and 300 (docs/log.md)"""
+PENALTIES = (10.0, 30.0, 100.0, 300.0)
+CATEGORY = 0.3
+"""weight of the category beside features that weigh 1 together"""
 INNER = 5
 """parts of a training set in which competence is judged by the rest, before a scorer learns from it"""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Competence:
-    """Probability that each model is right: by category (shrunken scores), by the query's features (ridge), or the mean of both."""
-
-    def __init__(self, categories: bool = True, features: bool = True) -> None:
-        self._use = categories, features
+    """Probability that each model is right on a question, from its category alone."""
 
     def fit(self, table: Table, view: View) -> None:
-        """Learn from recorded outcomes; models need not be recorded everywhere."""
+        """Shrunken scores by category (`assign.scores`)."""
         self._scores = assign.scores(table, table.categories)
         self._groups = {name: i for i, name in enumerate(self._scores.groups)}
-        if not self._use[1]:
-            return
-        x = self._scaled(view, first=True)
-        known = ~np.isnan(table.right)
-        self._rows = np.zeros((x.shape[1], len(table.models)))
-        self._base = np.nanmean(table.right, axis=0)
-        everywhere = known.all(axis=1)
-        gram = x[everywhere].T @ x[everywhere] + RIDGE * np.eye(x.shape[1])
-        self._rows = np.linalg.solve(gram, x[everywhere].T @ (table.right[everywhere] - self._base))
 
     def of(self, view: View) -> Array:
         """(Q, M) probabilities, strictly between 0 and 1."""
-        parts = []
-        if self._use[0]:
-            rows = [self._groups.get(name, NOBODY) for name in view.categories]
-            parts.append(np.vstack([self._scores.shrunk, self._scores.overall])[rows])  # NOBODY: a category that is new
-        if self._use[1]:
-            parts.append(self._scaled(view) @ self._rows + self._base)
-        return np.clip(np.mean(parts, axis=0), 0.02, 0.98)
+        rows = [self._groups.get(name, NOBODY) for name in view.categories]  # NOBODY: a category that is new, so the overall score
+        return _probabilities(np.vstack([self._scores.shrunk, self._scores.overall])[rows])
 
-    def _scaled(self, view: View, first: bool = False) -> Array:
-        if first:
-            self._mean = view.features.mean(axis=0)
-            spread = np.sqrt((view.features - self._mean).var(axis=0).sum()) or 1.0
-            self._scale = 1.4 / spread  # two embeddings of length 1 side by side have about this spread
-        return (view.features - self._mean) * self._scale
+
+class Rows(Competence):
+    """The same from the query's features: a functional row a model, ridge regression on who was right.
+
+    The master's hidden states as features and the greatest product with a row is what choosing by functional token is, with models in
+    place of nodes. `categories`: the category counts as a feature, too. The penalty does best on parts kept aside.
+    """
+
+    def __init__(self, categories: bool) -> None:
+        self._categories = categories
+
+    def fit(self, table: Table, view: View) -> None:
+        """Learn from the questions whose outcomes are recorded for every model. Raises DataError where there are too few."""
+        whole = ~np.isnan(table.right).any(axis=1)
+        if whole.sum() < 2 * INNER:
+            raise DataError(
+                f"{whole.sum()} questions have the outcomes of every model; expected at least {2 * INNER}.", "Use --only MODEL."
+            )
+        self._names = {name: i for i, name in enumerate(sorted(set(view.categories)))}
+        self._mean, self._spread = view.features.mean(axis=0), view.features.std(axis=0)
+        x, y = self._inputs(view)[whole], table.right[whole]
+        error = dict.fromkeys(PENALTIES, 0.0)
+        for training, test in folds(len(x), INNER, seed=2):
+            for penalty, (rows, base) in zip(PENALTIES, _ridge(x[training], y[training]), strict=True):
+                error[penalty] += float(((x[test] @ rows + base - y[test]) ** 2).sum())
+        self._rows, self._base = _ridge(x, y)[PENALTIES.index(min(PENALTIES, key=lambda penalty: error[penalty]))]
+
+    def of(self, view: View) -> Array:
+        """(Q, M) probabilities, strictly between 0 and 1."""
+        return _probabilities(self._inputs(view) @ self._rows + self._base)
+
+    def _inputs(self, view: View) -> Array:
+        scaled = (view.features - self._mean) / np.where(self._spread > 0, self._spread, 1) / np.sqrt(max(1, view.features.shape[1]))
+        if not self._categories:
+            return np.asarray(scaled)
+        hot = np.zeros((len(view.queries), len(self._names)))
+        for q, name in enumerate(view.categories):
+            if name in self._names:
+                hot[q, self._names[name]] = CATEGORY
+        return np.hstack([scaled, hot])
+
+
+def _ridge(x: Array, y: Array) -> list[tuple[Array, Array]]:
+    """(rows (D, M), base (M,)) for each of PENALTIES; x need not be centred."""
+    middle, base = x.mean(axis=0), y.mean(axis=0)
+    values, vectors = np.linalg.eigh((x - middle).T @ (x - middle))
+    turned = vectors.T @ ((x - middle).T @ (y - base))
+    made = []
+    for penalty in PENALTIES:
+        rows = vectors @ (turned / (values.clip(0) + penalty)[:, None])
+        made.append((rows, base - middle @ rows))
+    return made
+
+
+def _probabilities(values: Array) -> Array:
+    return np.clip(values, 0.02, 0.98)
 
 
 class Best:
@@ -258,18 +292,20 @@ class Scorer:
         return np.concatenate(parts, axis=2), said
 
 
-def usual(competence: Competence, by_category: Competence, sizes: Sequence[int], learnt: bool) -> list[Best]:
-    """The policies of a report: baselines, one worker, votes of `sizes`, learnt votes and a cascade where letters are recorded."""
+def usual(sizes: Sequence[int], sure: float, learnt: bool) -> list[Best]:
+    """The policies of a report: baselines, one worker, votes of `sizes`; learnt votes and a cascade where letters are recorded."""
     made: list[Best] = [
         Best(),
         Chance(),
-        Route("category routing", by_category),
-        Route("query routing", competence),
+        Route("category", Competence()),
+        Route("master over models", Rows(categories=False)),
+        Route("master and category", Rows(categories=True)),
     ]
-    made += [Vote(f"vote of {k}, in the category", by_category, k) for k in sizes]
-    made += [Vote(f"vote of {k}", competence, k) for k in sizes]
+    for k in sizes if learnt else ():
+        made.append(Vote(f"vote of {k}, category", Competence(), k))
+        made.append(Vote(f"vote of {k}", Rows(categories=True), k))
+        made.append(Scored(f"learnt vote of {k}", Rows(categories=True), k))
+        made.append(Scored(f"learnt vote of {k}, options read", Rows(categories=True), k, read=True))
     if learnt:
-        made += [Scored(f"learnt vote of {k}", competence, k) for k in sizes]
-        made += [Scored(f"learnt vote of {k}, options read", competence, k, read=True) for k in sizes]
-        made += [Scored(f"cascade of at most {k}", competence, k, sure=0.6, read=False) for k in sizes[-1:]]
+        made.append(Scored(f"cascade of at most {max(sizes)}, options read", Rows(categories=True), max(sizes), sure=sure, read=True))
     return made

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from lmgraph.errors import DataError
+from lmgraph.evaluate import pictures
 from lmgraph.evaluate.outcomes import Table
+from lmgraph.evaluate.report import Cells, Picture, Report, Section, interval, percent
 from lmgraph.evaluate.statistics import difference, wilson
 
 Array = np.ndarray
@@ -173,3 +175,61 @@ def measure(table: Table, plays: Mapping[str, Play], first: str, groups: Sequenc
         "first": first,
         "policies": rows,
     }
+
+
+def report(metrics: Mapping[str, Any], title: str, command: str) -> Report:
+    """`measure`'s figures for people: policies, models, categories, and score against parameters activated."""
+    found, oracle = metrics["policies"], metrics["oracle"]
+    rows: list[Cells] = []
+    for name, row in found.items():
+        gap = row["gap"]
+        rows.append(
+            [
+                name,
+                percent(row["score"]),
+                interval(row["interval"]),
+                "" if gap is None else f"{gap['value'] * 100:+.1f} ({gap['interval'][0] * 100:+.1f} to {gap['interval'][1] * 100:+.1f})",
+                f"{row['workers']:.2f}",
+                f"{row['most']}",
+                "-" if row["billions"] is None else f"{row['billions']:.1f}",
+                f"{row['regret'] * 100:.1f}",
+            ]
+        )
+    rows.append(["oracle (some model is right)", percent(oracle["score"]), interval(oracle["interval"]), "", "", "", "", "0.0"])
+    head = ("policy", "score", "interval", f"against {metrics['first']}", "workers", "most", "billions", "regret")
+    models: list[Cells] = [
+        (m["name"], "-" if m["billions"] is None else f"{m['billions']:g}", percent(m["score"]))
+        for m in sorted(metrics["models"], key=lambda m: -m["score"])
+    ]
+    names = list(next(iter(found.values()))["by_group"])
+    groups: list[Cells] = [(group, *(percent(row["by_group"][group]) for row in found.values())) for group in names]
+    sections = [
+        Section(f"Policies ({oracle['n']:,} questions, {len(models)} models)", head, rows),
+        Section("Models", ("model", "billions", "score"), models, brief=False),
+        Section("By category", ("category", *found), groups, brief=False),
+    ]
+    points = [
+        {
+            "name": name,
+            "cost": row["billions"] or row["workers"],
+            "value": row["score"],
+            "interval": row["interval"],
+            "ours": any(word in name for word in ("master", "vote", "cascade")),
+        }
+        for name, row in found.items()
+    ]
+    known = all(row["billions"] is not None for row in found.values())
+    cost = "parameters activated per query (billions)" if known else "workers asked per query"
+    drawn = [Picture("cost", f"Score against {cost}", lambda: pictures.frontier(points, cost, "score", f"{oracle['n']:,} questions"))]
+    if len(names) > 1:
+        shown = [name for name in found if name != "random"]
+        series = {group: {name: found[name]["by_group"][group] for name in (shown[0], shown[-1])} for group in names}
+        drawn.append(Picture("categories", "Score by category", lambda: pictures.bars(series, "score", f"{oracle['n']:,} questions")))
+    note = (
+        "Every question is judged by policies that were fitted on other questions. Workers, billions: asked, and parameters activated, per "
+        "query (mean). Regret: what the oracle has more; it knows the outcomes and counts lucky guesses. Intervals: 95 %, Wilson; "
+        "differences: paired bootstrap. A learnt vote also knows who disagrees and facts of the question; `options read`: facts of the "
+        "answer's text as well (its length, digits), which in MMLU-Pro say something by themselves, because most of its wrong options "
+        "were written by a language model."
+    )
+    return Report(title, command, metrics, sections, drawn, note)
