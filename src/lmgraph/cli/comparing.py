@@ -160,7 +160,7 @@ def _makers(few: bool, given: Any, beside: Path | None, using: Settings, keep: P
     from lmgraph.files import model_file
     from lmgraph.runtime import Runtime
 
-    embedder = contestants.Embedder()
+    embedder = contestants.Embedder(keep / "embeddings.npz")
     small, coder = "smollm2-135m", "qwen2.5-coder-1.5b"
 
     def weights(name: str) -> Path:

