@@ -59,8 +59,8 @@ class Served:
     async def decide(self, query: str) -> Verdict:
         """The chosen node and its probability."""
         assert self._master is not None
-        made = await self._master.decide(query, rewriting=False)
-        return Verdict(made.chosen, made.probability)
+        made = await self._master.decide(query, rewriting=False, scoped=True)
+        return Verdict(made.chosen, made.scope or 0.0)
 
     async def close(self) -> None:
         """Unload the model."""
