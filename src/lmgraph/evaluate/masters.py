@@ -158,14 +158,18 @@ async def states_of(
 ) -> np.ndarray:
     """Hidden states (N, D) of queries under base weights and, where one is named, a bundle's adapter; kept in a file for the next time.
 
-    By torch where it is installed and fast here, else by llama.cpp, which needs merged weights for an adapter.
+    By torch where it is installed and fast here, else by llama.cpp, which needs merged weights for an adapter. Ctrl-C ends either
+    within seconds; what llama.cpp has read by then stays in the file.
     """
+    stopped = False
 
     def watch(done: int, total: int) -> None:
         progress("hidden states", done, total)
+        if stopped:  # a thread cannot be ended from outside, and the program would wait for it
+            raise asyncio.CancelledError
 
-    if keep.is_file() and not np.isnan(found := np.load(keep)).any() and len(found) == len(queries):
-        return np.asarray(found)
+    if (kept := _kept(keep)) is not None and len(kept) == len(queries):
+        return kept
     try:
         from lmgraph.train import model
     except MissingExtra:
@@ -174,14 +178,30 @@ async def states_of(
         fast = model.fast_bf16()
     if fast:
         tensors = None if adapter is None else bundles.read_tensors(adapter)
-        found = await asyncio.to_thread(model.states, weights, tensors, vocabulary, queries, limit, watch)
+        try:
+            found = await asyncio.to_thread(model.states, weights, tensors, vocabulary, queries, limit, watch)
+        finally:
+            stopped = True
         with atomic(keep) as part, part.open("wb") as file:
             np.save(file, found)
         return found
     if adapter is not None:
         weights = bundles.merge(bundles.read(str(adapter.parent)), weights, keep.with_suffix(".gguf"))
-    engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
     try:
-        return await heads.states(engine, vocabulary, queries, limit, watch, keep)
+        engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
+        try:
+            return await heads.states(engine, vocabulary, queries, limit, watch, keep)
+        finally:
+            await engine.close()
     finally:
-        await engine.close()
+        if adapter is not None:
+            weights.unlink()
+
+
+def _kept(path: Path) -> np.ndarray | None:
+    """The states in a file, None where there are none, or not all of them, or it is damaged."""
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    return None if np.isnan(found).any() else np.asarray(found)
