@@ -25,8 +25,8 @@ def options_of(query: str) -> list[str]:
     As `vote.option_count` counts them: at least two lines that begin with A. or A) or (A), then B, C, ...; of several lists the last.
     """
     marks = _marks(query)
-    ends = [m.start() for m in marks[1:]] + [len(query)]
-    return [query[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)]
+    begins = [m.start() for m in marks] + [len(query)]
+    return [query[m.end() : following].strip() for m, following in zip(marks, begins[1:], strict=True)]
 
 
 def _marks(query: str) -> list[re.Match[str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -163,14 +165,16 @@ class Scorer:
                 max_iter=120, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=40, l2_regularization=5.0, max_features=0.5,
                 monotonic_cst=[1] * speaking + [0] * (rows[0].shape[1] - speaking), random_state=0,
             )  # fmt: skip
-            self._model.fit(np.concatenate(rows), right)
+            with _alone():
+                self._model.fit(np.concatenate(rows), right)
 
     def of(self, view: View, workers: Array, letters: Array, competence: Array) -> Array:
         """(Q, K) probability of each worker's answer, the same for the same letter; -1 where it gave none."""
         features, said = self._features(view, workers, letters, competence)
         out = np.where(said, self._share, -1.0)
         if self._model is not None and said.any():
-            out[said] = self._model.predict_proba(features[said])[:, 1]
+            with _alone():
+                out[said] = self._model.predict_proba(features[said])[:, 1]
         return out
 
     def _features(self, view: View, workers: Array, letters: Array, competence: Array) -> tuple[Array, Array]:
@@ -215,6 +219,13 @@ def _stand(workers: Array, said: Array, same: Array, models: int) -> Array:
 def _each(values: Array, letters: Array) -> Array:
     """(Q,) numbers of questions as (Q, K) numbers of their answers."""
     return np.broadcast_to(values[:, None], letters.shape)
+
+
+def _alone() -> AbstractContextManager[Any]:
+    """One OpenMP thread: trees are small, and on a busy machine threads that wait for each other took sixteen times as long."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, "openmp")
 
 
 def installed() -> bool:

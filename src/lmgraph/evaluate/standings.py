@@ -20,10 +20,11 @@ from lmgraph.evaluate.statistics import difference, wilson
 def measure(table: Table, plays: Mapping[str, Play], first: str, missing: Mapping[str, str]) -> dict[str, Any]:
     """Figures of every policy, as plain data.
 
-    `first` is the policy (best single) that others are compared with; `missing` says which were left out and why. Each: n, score, interval (Wilson of the rounded count), `gap` to `first` (paired bootstrap), workers asked per query (mean, most),
-    `billions`: parameters activated per query (None where a size is unknown), `regret`: the oracle's score minus this one's,
-    `by_category`. `oracle`: the best recorded outcome of each question; it knows the outcomes and is no policy. `questions` counts those
-    that were learnt from, too; `models` are scored on the judged questions.
+    `first` is the policy (best single) that others are compared with; `missing` says which were left out and why. Each has n, score,
+    interval (Wilson of the rounded count), `gap` to `first` (paired bootstrap), workers asked per query (mean, most), `billions`:
+    parameters activated per query (None where a size is unknown), `regret`: the oracle's score minus this one's, `by_category`. `oracle`:
+    the best recorded outcome of each question; it knows the outcomes and is no policy. `questions` counts those that were learnt from,
+    too; `models` are scored on the judged questions.
     """
     inside = ~np.isnan(plays[first].right)
     recorded = table.right[inside]
@@ -63,30 +64,30 @@ def measure(table: Table, plays: Mapping[str, Play], first: str, missing: Mappin
 def report(metrics: Mapping[str, Any], title: str, command: str) -> Report:
     """`measure`'s figures for people: policies, models, categories, and score against parameters activated."""
     found, oracle = metrics["policies"], metrics["oracle"]
-    rows: list[Cells] = []
-    for name, row in found.items():
-        gap = row["gap"]
-        rows.append(
-            [
-                name,
-                percent(row["score"]),
-                interval(row["interval"]),
-                "" if gap is None else f"{gap['value'] * 100:+.1f} ({gap['interval'][0] * 100:+.1f} to {gap['interval'][1] * 100:+.1f})",
-                f"{row['workers']:.2f}",
-                f"{row['most']}",
-                "-" if row["billions"] is None else f"{row['billions']:.1f}",
-                f"{row['regret'] * 100:.1f}",
-            ]
+    scores: list[Cells] = [(name, percent(row["score"]), interval(row["interval"]), *_gap(row["gap"])) for name, row in found.items()]
+    scores.append(("oracle (some model is right)", percent(oracle["score"]), interval(oracle["interval"]), "", ""))
+    costs: list[Cells] = [
+        (
+            name,
+            f"{row['workers']:.2f}",
+            f"{row['most']}",
+            "-" if row["billions"] is None else f"{row['billions']:.1f}",
+            f"{row['regret'] * 100:.1f}",
         )
-    rows.append(["oracle (some model is right)", percent(oracle["score"]), interval(oracle["interval"]), "", "", "", "", "0.0"])
-    head = ("policy", "score", "interval", f"against {metrics['first']}", "workers", "most", "billions", "regret")
+        for name, row in found.items()
+    ]
     models: list[Cells] = [
         (m["name"], "-" if m["billions"] is None else f"{m['billions']:g}", percent(m["score"]))
         for m in sorted(metrics["models"], key=lambda m: -m["score"])
     ]
     labels = list(next(iter(found.values()))["by_category"])
     sections = [
-        Section(f"Policies ({oracle['n']:,} questions, {len(models)} models)", head, rows),
+        Section(
+            f"Policies ({oracle['n']:,} questions, {len(models)} {'models' if len(models) > 1 else 'model'})",
+            ("policy", "score", "interval", "to best", "interval of that"),
+            scores,
+        ),
+        Section("What policies cost, per question", ("policy", "workers", "most", "billions", "regret"), costs),
         Section("Models", ("model", "billions", "score"), models, brief=False),
     ]
     if metrics["missing"]:
@@ -111,9 +112,10 @@ def report(metrics: Mapping[str, Any], title: str, command: str) -> Report:
         series = {label or "(none)": {name: found[name]["by_category"][label] for name in (shown[0], shown[-1])} for label in labels}
         drawn.append(Picture("categories", "Score by category", lambda: pictures.bars(series, "score", f"{oracle['n']:,} questions")))
     note = (
-        "Every question is judged by policies that were fitted on other questions. Workers, billions: asked, and parameters activated, per "
-        "query (mean). Regret: what the oracle has more; it knows the outcomes and counts lucky guesses. Intervals: 95 %, Wilson; "
-        "differences: paired bootstrap."
+        "Every question is judged by policies that were fitted on other questions. To best: points more than the best single model, which "
+        "is chosen on those other questions, too. Workers and billions are means: how many are asked, and the parameters of all of them. "
+        "Regret: points that the oracle has more; it knows the outcomes and counts lucky guesses. Intervals are 95 %: Wilson (1927) for "
+        "scores, paired bootstrap for differences."
     )
     if any("learnt" in name for name in found):
         note += " A learnt vote also knows who disagrees, and facts of the question."
@@ -123,3 +125,10 @@ def report(metrics: Mapping[str, Any], title: str, command: str) -> Report:
             "because most of its wrong options were written by a language model."
         )
     return Report(title, command, metrics, sections, drawn, note)
+
+
+def _gap(gap: Mapping[str, Any] | None) -> Cells:
+    if gap is None:
+        return ("", "")
+    low, high = gap["interval"]
+    return (f"{gap['value'] * 100:+.1f}", f"{low * 100:+.1f} to {high * 100:+.1f}")
