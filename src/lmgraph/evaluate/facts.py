@@ -20,22 +20,34 @@ ALL = re.compile(r"\b(?:none|all) of (?:the|these|those)\b", re.IGNORECASE)
 
 
 def options_of(query: str) -> list[str]:
-    """The texts of the options that a multiple-choice question lists at its end ("A. ..." lines), [] where it lists none."""
-    found = [m for m in OPTION.finditer(query)]
-    start = next((i for i in range(len(found) - 1, -1, -1) if (found[i][1] or found[i][2]) == "A"), None)
-    if start is None:
-        return []
-    marks = [m for m in found[start:]]
-    ends = [m.start() for m in marks[1:]] + [len(query)]
-    return [query[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)]
+    """The texts of the options that a multiple-choice question lists, [] where it lists none.
+
+    As `vote.option_count` counts them: at least two lines that begin with A. or A) or (A), then B, C, ...; of several lists the last.
+    """
+    marks = _marks(query)
+    begins = [m.start() for m in marks] + [len(query)]
+    return [query[m.end() : following].strip() for m, following in zip(marks, begins[1:], strict=True)]
+
+
+def _marks(query: str) -> list[re.Match[str]]:
+    """What stands before each option."""
+    found: list[re.Match[str]] = []
+    run: list[re.Match[str]] = []
+    for mark in OPTION.finditer(query):
+        place = ord(mark[1] or mark[2]) - ord("A")
+        if place == 0:
+            run = []
+        if place == len(run):
+            run.append(mark)
+        if len(run) > 1:
+            found = run
+    return found
 
 
 def of_question(query: str) -> list[float]:
     """One number for each of FACTS."""
     options = options_of(query)
-    stem = query
-    if options and (first := next((m for m in OPTION.finditer(query)), None)):
-        stem = query[: first.start()]
+    stem = query[: _marks(query)[0].start()] if options else query
     joined = " ".join(options)
     return [
         math.log1p(len(stem)),
@@ -47,7 +59,7 @@ def of_question(query: str) -> list[float]:
         min(stem.count("\n"), 20),
         math.log1p(len(joined) / max(1, len(options))),
         _digits(joined),
-        sum(len(option) < 25 and any(c.isdigit() for c in option) for option in options) / max(1, len(options)),
+        sum(len(option) < 25 and _digits(option) > 0 for option in options) / max(1, len(options)),
     ]
 
 
@@ -61,7 +73,7 @@ def of_options(query: str, most: int) -> list[list[float]]:
             math.log1p(len(option)),
             sum(other < len(option) for other in lengths) / len(lengths),
             len(option) / mean,
-            float(any(c.isdigit() for c in option)),
+            float(_digits(option) > 0),
             _digits(option),
             float(bool(ALL.search(option))),
         ]
@@ -71,4 +83,5 @@ def of_options(query: str, most: int) -> list[list[float]]:
 
 
 def _digits(text: str) -> float:
-    return sum(c.isdigit() for c in text) / max(1, len(text))
+    """The share of its characters."""
+    return sum(map(str.isdigit, text)) / max(1, len(text))

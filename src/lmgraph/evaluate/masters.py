@@ -211,8 +211,12 @@ async def states_of(
         return found
     if adapter is not None:
         weights = bundles.merge(bundles.read(str(adapter.parent)), weights, keep.with_suffix(".gguf"))
-    engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
     try:
-        return await heads.states(engine, vocabulary, queries, limit, lambda done, total: progress("hidden states", done, total), keep)
+        engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
+        try:
+            return await heads.states(engine, vocabulary, queries, limit, lambda done, total: progress("hidden states", done, total), keep)
+        finally:
+            await engine.close()
     finally:
-        await engine.close()
+        if adapter is not None:
+            weights.unlink()

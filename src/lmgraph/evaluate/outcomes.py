@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,12 +95,33 @@ def nearest(name: str, valid: Iterable[str]) -> list[str]:
 
 
 def joined(one: Table, other: Table) -> Table:
-    """The questions of both, of the same models in the same order. Raises DataError for other models or a question that is in both."""
-    if [m.name for m in one.models] != [m.name for m in other.models] or (one.letters is None) != (other.letters is None):
-        raise DataError("The two tables do not record the same models in the same way.", "Use --only to name the models that both have.")
-    known = set(zip(one.queries, one.ids))
-    if double := [i for i, query in zip(other.ids, other.queries) if (query, i) in known or (query and query in one.queries)]:
-        raise DataError(f"Question {double[0]!r} is in both tables ({len(double)} are): its own outcome would reach the policy.")
+    """The questions of both, with the models of `one`.
+
+    Raises DataError where `other` lacks a model, where only one of them has letters, and where a question is in both: questions are the
+    same whose texts are, and, where a text is missing, whose ids are.
+    """
+    has = [model.name for model in other.models]
+    both = [model.name for model in one.models if model.name in has]
+    if lacking := [model.name for model in one.models if model.name not in has]:
+        raise DataError(
+            f"The table to judge on records no answer of {', '.join(lacking)}.",
+            f"Name models that both have: {' '.join(f'--only {shlex.quote(name)}' for name in both)}"
+            if both
+            else f"It has: {', '.join(has)}.",
+        )
+    if (one.letters is None) != (other.letters is None):
+        raise DataError("One of the two tables holds letters and the other scores alone.", "Expected letters in both, or scores in both.")
+    texts, ids = set(one.queries) - {""}, dict(zip(one.ids, one.queries, strict=True))
+    known = [
+        query in texts or (number in ids and not (query and ids[number])) for number, query in zip(other.ids, other.queries, strict=True)
+    ]
+    if any(known):
+        raise DataError(
+            f"Question {other.ids[known.index(True)]!r} of the table to judge on is also in the table to learn from ({sum(known)} are): "
+            "its own outcome would reach the policy.",
+            "Take it out of one of them. Without texts, ids tell questions apart (numbered from 1 where the file has none).",
+        )
+    other = other.select([model.name for model in one.models])
     return replace(
         one,
         ids=(*one.ids, *other.ids),

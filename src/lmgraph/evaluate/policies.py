@@ -1,98 +1,25 @@
 """Routing policies for replays: the best single model, chance, by category, by query, votes, cascades.
 
 They see a `View` and the letters of those they asked (replay.py holds them to it). How good a model is for a question is its
-`Competence`; how credible an answer is, given who gave it, is what `Scorer` learns. It knows no file and no live model.
+`Competence` (competence.py); how credible an answer is, given who gave it, is what `Scorer` learns. It knows no file and no live model.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
 from lmgraph import vote
-from lmgraph.errors import DataError, MissingExtra
-from lmgraph.evaluate import assign, facts
+from lmgraph.errors import MissingExtra
+from lmgraph.evaluate.competence import Competence, Rows
 from lmgraph.evaluate.outcomes import Table
-from lmgraph.evaluate.replay import NOBODY, Array, Asked, View, folds
+from lmgraph.evaluate.replay import NOBODY, Array, Asked, View
 
-PENALTIES = (10.0, 30.0, 100.0, 300.0)
-CATEGORY = 0.3
-"""weight of the category beside features that weigh 1 together"""
-INNER = 5
-"""parts of a training set in which competence is judged by the rest, before a scorer learns from it"""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-class Competence:
-    """Probability that each model is right on a question, from its category alone."""
-
-    def fit(self, table: Table, view: View) -> None:
-        """Shrunken scores by category (`assign.scores`)."""
-        self._scores = assign.scores(table, table.categories)
-        self._groups = {name: i for i, name in enumerate(self._scores.groups)}
-
-    def of(self, view: View) -> Array:
-        """(Q, M) probabilities, strictly between 0 and 1."""
-        rows = [self._groups.get(name, NOBODY) for name in view.categories]  # NOBODY: a category that is new, so the overall score
-        return _probabilities(np.vstack([self._scores.shrunk, self._scores.overall])[rows])
-
-
-class Rows(Competence):
-    """The same from the query's features: a functional row a model, ridge regression on who was right.
-
-    The master's hidden states as features and the greatest product with a row is what choosing by functional token is, with models in
-    place of nodes. `categories`: the category counts as a feature, too. The penalty does best on parts kept aside.
-    """
-
-    def __init__(self, categories: bool) -> None:
-        self._categories = categories
-
-    def fit(self, table: Table, view: View) -> None:
-        """Learn from the questions whose outcomes are recorded for every model. Raises DataError where there are too few."""
-        whole = ~np.isnan(table.right).any(axis=1)
-        if whole.sum() < 2 * INNER:
-            raise DataError(
-                f"{whole.sum()} questions have the outcomes of every model; expected at least {2 * INNER}.", "Use --only MODEL."
-            )
-        self._names = {name: i for i, name in enumerate(sorted(set(view.categories)))}
-        self._mean, self._spread = view.features.mean(axis=0), view.features.std(axis=0)
-        x, y = self._inputs(view)[whole], table.right[whole]
-        error = dict.fromkeys(PENALTIES, 0.0)
-        for training, test in folds(len(x), INNER, seed=2):
-            for penalty, (rows, base) in zip(PENALTIES, _ridge(x[training], y[training]), strict=True):
-                error[penalty] += float(((x[test] @ rows + base - y[test]) ** 2).sum())
-        self._rows, self._base = _ridge(x, y)[PENALTIES.index(min(PENALTIES, key=lambda penalty: error[penalty]))]
-
-    def of(self, view: View) -> Array:
-        """(Q, M) probabilities, strictly between 0 and 1."""
-        return _probabilities(self._inputs(view) @ self._rows + self._base)
-
-    def _inputs(self, view: View) -> Array:
-        scaled = (view.features - self._mean) / np.where(self._spread > 0, self._spread, 1) / np.sqrt(max(1, view.features.shape[1]))
-        if not self._categories:
-            return np.asarray(scaled)
-        hot = np.zeros((len(view.queries), len(self._names)))
-        for q, name in enumerate(view.categories):
-            if name in self._names:
-                hot[q, self._names[name]] = CATEGORY
-        return np.hstack([scaled, hot])
-
-
-def _ridge(x: Array, y: Array) -> list[tuple[Array, Array]]:
-    """(rows (D, M), base (M,)) for each of PENALTIES; x need not be centred."""
-    middle, base = x.mean(axis=0), y.mean(axis=0)
-    values, vectors = np.linalg.eigh((x - middle).T @ (x - middle))
-    turned = vectors.T @ ((x - middle).T @ (y - base))
-    made = []
-    for penalty in PENALTIES:
-        rows = vectors @ (turned / (values.clip(0) + penalty)[:, None])
-        made.append((rows, base - middle @ rows))
-    return made
-
-
-def _probabilities(values: Array) -> Array:
-    return np.clip(values, 0.02, 0.98)
 
 
 class Best:
@@ -185,17 +112,16 @@ class Scored(Vote):
         self._scorer = Scorer(read)
 
     def fit(self, table: Table, view: View) -> None:
-        """Competence, then the scorer, on competence that was judged without the question itself."""
+        """Competence, then the scorer, on competence that was judged without the question itself. Raises MissingExtra."""
+        if not installed():
+            raise MissingExtra(f"The policy {self.name!r}", "compare")
+        super().fit(table, view)
         self.most = min(self.most, len(table.models))
-        judged = np.zeros((len(table.ids), len(table.models)))
-        for training, test in folds(len(table.ids), min(INNER, len(table.ids)), seed=1):
-            self._competence.fit(table.rows(training), view.rows(training))
-            judged[test] = self._competence.of(view.rows(test))
+        judged = self._competence.judged()
         order = np.argsort(-judged, axis=1, kind="stable")[:, : self.most]
         letters = np.take_along_axis(np.array(table.letters), order, axis=1)
         fewest = 1 if self._sure < 1 else self.most
         self._scorer.fit(view, order, letters, judged, np.array(table.truth), fewest)
-        self._competence.fit(table, view)
 
     def ask(self, view: View, asked: Asked) -> Array:
         """The next most competent where no answer is credible enough yet."""
@@ -223,89 +149,118 @@ class Scorer:
 
     def fit(self, view: View, workers: Array, letters: Array, competence: Array, truth: Array, fewest: int) -> None:
         """Learn from what (Q, K) workers said; the first `fewest` to K of them, so that it can be asked at any time from there on."""
-        try:
-            from sklearn.ensemble import HistGradientBoostingClassifier
-        except ImportError as error:
-            raise MissingExtra("A learnt vote", "compare") from error
+        from sklearn.ensemble import HistGradientBoostingClassifier
+
         rows, labels = [], []
         for k in range(fewest, workers.shape[1] + 1):
             features, said = self._features(view, workers[:, :k], letters[:, :k], competence)
             rows.append(features[said])
             labels.append((letters[:, :k] == truth[:, None])[said])
-        up = [1] * (competence.shape[1] + 4) + [0] * (rows[0].shape[1] - competence.shape[1] - 4)
-        self._model = HistGradientBoostingClassifier(
-            max_iter=120, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=40, l2_regularization=5.0, max_features=0.5,
-            monotonic_cst=up, random_state=0,
-        )  # fmt: skip
-        self._model.fit(np.concatenate(rows), np.concatenate(labels))
+        right = np.concatenate(labels)
+        self._share = float(right.mean()) if len(right) else 0.0
+        self._model = None
+        if 0 < self._share < 1:  # else there is nothing to tell apart
+            speaking = competence.shape[1] + 4
+            self._model = HistGradientBoostingClassifier(
+                max_iter=120, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=40, l2_regularization=5.0, max_features=0.5,
+                monotonic_cst=[1] * speaking + [0] * (rows[0].shape[1] - speaking), random_state=0,
+            )  # fmt: skip
+            with _alone():
+                self._model.fit(np.concatenate(rows), right)
 
     def of(self, view: View, workers: Array, letters: Array, competence: Array) -> Array:
         """(Q, K) probability of each worker's answer, the same for the same letter; -1 where it gave none."""
         features, said = self._features(view, workers, letters, competence)
-        out = np.full(workers.shape, -1.0)
-        if said.any():
-            out[said] = self._model.predict_proba(features[said])[:, 1]
+        out = np.where(said, self._share, -1.0)
+        if self._model is not None and said.any():
+            with _alone():
+                out[said] = self._model.predict_proba(features[said])[:, 1]
         return out
 
     def _features(self, view: View, workers: Array, letters: Array, competence: Array) -> tuple[Array, Array]:
-        """((Q, K, F), (Q, K) whether a letter was given). The first M + 4 columns can only speak for an answer."""
-        count, k = workers.shape
-        each = np.arange(count)
-        said = letters != ""
+        """((Q, K, F) numbers about each worker's answer, (Q, K) whether it gave a letter). The first M + 4 can only speak for an answer."""
+        asked, said = workers >= 0, letters != ""
         own = np.take_along_axis(competence, workers.clip(0), axis=1)
-        options = np.where(view.options > 1, view.options, vote.UNKNOWN_OPTIONS)[:, None]
-        weight = np.maximum(np.log(own * (options - 1) / (1 - own)), vote.LEAST) * said
-        models = competence.shape[1]
-        columns = []
-        for j in range(k):
-            same = (letters == letters[:, [j]]) & said
-            stand = np.zeros((count, models + 1))  # 1 said it, -1 said otherwise, 0 was not asked or said nothing
-            stand[each[:, None], np.where(workers >= 0, workers, models)] = np.where(same, 1.0, np.where(said, -1.0, 0.0))
-            mine = (weight * same).sum(axis=1)
-            rival = np.max([(weight * (letters == letters[:, [i]])).sum(axis=1) * ~same[:, i] for i in range(k)], axis=0)
-            total = weight.sum(axis=1)
-            best = np.where(same, own, 0).max(axis=1)
-            columns.append(
-                np.column_stack(
-                    [
-                        stand[:, :models],
-                        mine,
-                        mine - rival,
-                        best,
-                        same.sum(axis=1),
-                        rival,
-                        mine / np.maximum(total, vote.LEAST),
-                        (~said & (workers >= 0)).sum(axis=1),
-                        (workers >= 0).sum(axis=1),
-                        view.options,
-                        [LETTERS.find(letter[:1]) for letter in letters[:, j]],
-                    ]
-                )
-            )
-        features = np.stack(columns, axis=1)
-        texts = np.array([facts.of_question(query) for query in view.queries])
-        parts = [features, np.repeat(texts[:, None], k, axis=1)]
+        others = np.where(view.options > 1, view.options, vote.UNKNOWN_OPTIONS)[:, None] - 1
+        weight = np.where(said, np.maximum(np.log(own * others / (1 - own)), vote.LEAST), 0.0)
+        same = (letters[:, :, None] == letters[:, None, :]) & said[:, None, :]  # (Q, K answers, K voters): says the same
+        behind = (same * weight[:, None, :]).sum(axis=2)
+        rival = np.where(same, 0.0, behind[:, None, :]).max(axis=2)
+        speaks_for = (
+            behind,
+            behind - rival,
+            np.where(same, own[:, None, :], 0.0).max(axis=2),  # the most competent who says so
+            same.sum(axis=2),
+        )
+        place = np.array([[LETTERS.find(letter[:1]) for letter in row] for row in letters])
+        about = (
+            rival,
+            behind / np.maximum(weight.sum(axis=1), vote.LEAST)[:, None],
+            _each((asked & ~said).sum(axis=1), letters),
+            _each(asked.sum(axis=1), letters),
+            _each(view.options, letters),
+            place,
+        )
+        parts = [_stand(workers, said, same, competence.shape[1]), np.stack(speaks_for, axis=2), np.stack(about, axis=2)]
+        parts.append(np.repeat(view.facts[:, None], letters.shape[1], axis=1))
         if self._read:
-            looks = np.array([facts.of_options(query, len(LETTERS)) for query in view.queries])
-            at = np.array([[max(LETTERS.find(letter[:1]), 0) for letter in row] for row in letters])
-            parts.append(np.take_along_axis(looks, at[:, :, None], axis=1))
+            parts.append(np.take_along_axis(view.looks, place.clip(0)[:, :, None], axis=1))
         return np.concatenate(parts, axis=2), said
 
 
-def usual(sizes: Sequence[int], sure: float, learnt: bool) -> list[Best]:
-    """The policies of a report: baselines, one worker, votes of `sizes`; learnt votes and a cascade where letters are recorded."""
-    made: list[Best] = [
-        Best(),
-        Chance(),
-        Route("category", Competence()),
-        Route("master over models", Rows(categories=False)),
-        Route("master and category", Rows(categories=True)),
-    ]
-    for k in sizes if learnt else ():
-        made.append(Vote(f"vote of {k}, category", Competence(), k))
-        made.append(Vote(f"vote of {k}", Rows(categories=True), k))
-        made.append(Scored(f"learnt vote of {k}", Rows(categories=True), k))
-        made.append(Scored(f"learnt vote of {k}, options read", Rows(categories=True), k, read=True))
+def _stand(workers: Array, said: Array, same: Array, models: int) -> Array:
+    """(Q, K, M) how each model stands to each answer: 1 gave it, -1 gave another one, 0 gave none or was not asked."""
+    out = np.zeros((*workers.shape, models + 1))
+    column = np.broadcast_to(np.where(workers >= 0, workers, models)[:, None, :], same.shape)
+    np.put_along_axis(out, column, np.where(same, 1.0, np.where(said[:, None, :], -1.0, 0.0)), axis=2)
+    return out[:, :, :models]
+
+
+def _each(values: Array, letters: Array) -> Array:
+    """(Q,) numbers of questions as (Q, K) numbers of their answers."""
+    return np.broadcast_to(values[:, None], letters.shape)
+
+
+def _alone() -> AbstractContextManager[Any]:
+    """One OpenMP thread: trees are small, and on a busy machine threads that wait for each other took sixteen times as long."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, "openmp")
+
+
+def installed() -> bool:
+    """Whether learnt votes can be had here (scikit-learn is installed)."""
+    return importlib.util.find_spec("sklearn") is not None
+
+
+def usual(table: Table, view: View, sizes: Sequence[int], sure: float) -> tuple[list[Best], dict[str, str]]:
+    """(the policies of a report on this table, which others are left out and why).
+
+    Baselines; one worker, by category and by features where there are some; where letters are recorded, votes of `sizes` (no more than
+    there are models), learnt votes (once more with the options read, where they are listed), and a cascade that stops at the probability
+    `sure`. Policies share what they learn of competence.
+    """
+    made: list[Best] = [Best(), Chance(), Route("category", by_category := Competence())]
+    able, left_out = by_category, {}
+    if view.features.shape[1]:
+        able = Rows(categories=True)
+        made += [Route("master over models", Rows(categories=False)), Route("master and category", able)]
+    else:
+        left_out["master"] = "The table has no texts of questions that it could read."
+    counts = sorted({min(size, len(table.models)) for size in sizes} - {1})
+    if table.letters is None or not counts:
+        left_out["votes, cascade"] = "There is one model." if not counts else "The table has scores alone, no letters to vote with."
+        return made, left_out
+    if not (learnt := installed()):
+        missing = MissingExtra("A learnt vote", "compare")
+        left_out["learnt votes, cascade"] = f"{missing.message} {missing.hint}"
+    options = ((False, ""), (True, ", options read"))[: 1 + bool(np.isfinite(view.looks).any())]
+    for k in counts:
+        made.append(Vote(f"vote of {k}, category", by_category, k))
+        if able is not by_category:
+            made.append(Vote(f"vote of {k}", able, k))
+        made += [Scored(f"learnt vote of {k}{added}", able, k, read=read) for read, added in options if learnt]
     if learnt:
-        made.append(Scored(f"cascade of at most {max(sizes)}, options read", Rows(categories=True), max(sizes), sure=sure, read=True))
-    return made
+        read, added = options[-1]
+        made.append(Scored(f"cascade of at most {counts[-1]}{added}", able, counts[-1], sure=sure, read=read))
+    return made, left_out

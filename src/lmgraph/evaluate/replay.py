@@ -1,26 +1,27 @@
 """Routing policies replayed on recorded answers: fitted on some questions, judged on others.
 
-It knows how a policy is kept honest: what it may see of a question is a `View` (text, features, category, how many options), and of the
-answers only the letters of those workers that it asked. Right and wrong stay in here. It knows no policy; policies.py has them.
+It knows how a policy is kept honest: what it may see of a question is a `View` (text, what is made of the text alone, category, how many
+options), and of the answers only the letters of those workers that it asked. Right and wrong stay in here. It knows no policy;
+policies.py has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from lmgraph.errors import DataError
-from lmgraph.evaluate import pictures
+from lmgraph.evaluate import facts
 from lmgraph.evaluate.outcomes import Table
-from lmgraph.evaluate.report import Cells, Picture, Report, Section, interval, percent
-from lmgraph.evaluate.statistics import difference, wilson
 
 Array = np.ndarray
 NOBODY = -1
 """in a list of workers: asks nobody more"""
+OPTIONS = 26
+"""letters there are to answer with"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +34,20 @@ class View:
     """(Q,) number of options, 0 where unknown"""
     features: Array
     """(Q, D) numbers made of the queries' texts alone"""
+    facts: Array
+    """(Q, `facts.FACTS`) plain facts of the queries' texts; (Q, 0) where no letters are recorded that they could explain"""
+    looks: Array
+    """(Q, 26, `facts.OPTION_FACTS`) plain facts of the options, not-a-number for one that is not there; (Q, 0, 0) likewise"""
 
     def rows(self, index: Array) -> View:
         """The view of these questions only."""
         return View(
-            tuple(self.queries[i] for i in index), tuple(self.categories[i] for i in index), self.options[index], self.features[index]
+            tuple(self.queries[i] for i in index),
+            tuple(self.categories[i] for i in index),
+            self.options[index],
+            self.features[index],
+            self.facts[index],
+            self.looks[index],
         )
 
 
@@ -78,36 +88,73 @@ class Play:
 
 def view_of(table: Table, features: Array | None) -> View:
     """What policies may see of a table. Features default to none."""
-    rows = np.zeros((len(table.ids), 0)) if features is None else np.asarray(features, dtype=np.float64)
-    if len(rows) != len(table.ids):
-        raise DataError(f"There are features of {len(rows)} questions, expected {len(table.ids)}.")
-    return View(table.queries, table.categories, np.asarray(table.options), rows)
+    count = len(table.ids)
+    rows = np.zeros((count, 0)) if features is None else np.asarray(features, dtype=np.float64)
+    if len(rows) != count:
+        raise DataError(f"There are features of {len(rows)} questions, expected {count}.")
+    told, looks = np.zeros((count, 0)), np.zeros((count, 0, 0))
+    if table.letters is not None:
+        told = np.array([facts.of_question(query) for query in table.queries])
+        looks = np.array([facts.of_options(query, OPTIONS) for query in table.queries])
+    return View(table.queries, table.categories, np.asarray(table.options), rows, told, looks)
 
 
-def folds(count: int, parts: int, seed: int = 0) -> list[tuple[Array, Array]]:
-    """(training, test) indices of `parts` folds: each question is in exactly one test part. Raises DataError for too few questions."""
-    if not 2 <= parts <= count:
-        raise DataError(f"{count} questions cannot be split into {parts} parts.", f"Expected 2 to {count}.")
-    order = np.random.default_rng(seed).permutation(count)
-    return [(np.sort(np.setdiff1d(order, part)), np.sort(part)) for part in np.array_split(order, parts)]
+def folds(count: int, parts: int, seed: int = 0, texts: Sequence[str] = ()) -> list[tuple[Array, Array]]:
+    """(training, test) indices of `parts` folds: each question is in exactly one test part.
 
-
-def replay(policy: Policy, table: Table, view: View, splits: Sequence[tuple[Array, Array]], progress: Callable[[int, int], None]) -> Play:
-    """Fit on each training part, play each test part; what is in no test part is NaN.
-
-    Raises DataError when a policy asks an unknown worker or the same one twice, or a worker's outcome is not recorded.
+    `texts`: questions with the same text, where there is one, are in the same part, so that none tells of another. Raises DataError for
+    too few questions.
     """
-    plays = []
-    for number, (training, test) in enumerate(splits, 1):
-        if set(training.tolist()) & set(test.tolist()):
-            raise DataError("A question is in the training and in the test part of one split.", "Its own outcome would reach the policy.")
-        policy.fit(table.rows(training), view.rows(training))
-        plays.append((test, _play(policy, table.rows(test), view.rows(test))))
-        progress(number, len(splits))
-    width = max(play.workers.shape[1] for _, play in plays)
-    workers = np.full((len(table.ids), width), NOBODY)
-    given, right = np.full(len(table.ids), NOBODY), np.full(len(table.ids), np.nan)
-    for test, play in plays:
+    keys = [text or number for number, text in enumerate(texts)] if texts else list(range(count))
+    number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    if not 2 <= parts <= len(number_of):
+        raise DataError(
+            f"{len(number_of)} different questions cannot be split into {parts} parts.",
+            f"Expected 2 to {len(number_of)} parts." if len(number_of) > 1 else "At least two questions are needed.",
+        )
+    of = np.array([number_of[key] for key in keys])
+    order = np.random.default_rng(seed).permutation(len(number_of))
+    tests = [np.isin(of, part) for part in np.array_split(order, parts)]
+    return [(np.flatnonzero(~test), np.flatnonzero(test)) for test in tests]
+
+
+def replay(
+    policies: Sequence[Policy], table: Table, view: View, splits: Sequence[tuple[Array, Array]], progress: Callable[[int, int, str], None]
+) -> dict[str, Play]:
+    """Every policy by name: fitted on each training part, played on each test part; what is in no test part is NaN.
+
+    `progress`: (done, total, the policy at work). Raises DataError when a split's parts overlap, when a model has no outcome in a
+    training part, when a policy asks an unknown worker or the same one twice, or when the outcome of a worker that it asked is not
+    recorded.
+    """
+    played: dict[str, list[tuple[Array, Play]]] = {policy.name: [] for policy in policies}
+    for number, (training, test) in enumerate(splits):
+        if both := sorted(set(training.tolist()) & set(test.tolist())):
+            raise DataError(
+                f"Question {table.ids[both[0]]!r} is in the training and in the test part of one split ({len(both)} are).",
+                "Its own outcome would reach the policy.",
+            )
+        learnt, seen = table.rows(training), view.rows(training)
+        if nothing := [m.name for m, gone in zip(table.models, np.isnan(learnt.right).all(axis=0), strict=True) if gone]:
+            raise DataError(
+                f"No outcome of {', '.join(nothing)} is recorded on the {len(training):,} questions that policies learn from.",
+                "Leave such models out: --only MODEL, once for each of the others.",
+            )
+        asked, shown = table.rows(test), view.rows(test)
+        for at, policy in enumerate(policies):
+            progress(number * len(policies) + at, len(splits) * len(policies), policy.name)
+            policy.fit(learnt, seen)
+            played[policy.name].append((test, _play(policy, asked, shown)))
+    progress(len(splits) * len(policies), len(splits) * len(policies), "")
+    return {name: _whole(len(table.ids), parts) for name, parts in played.items()}
+
+
+def _whole(count: int, parts: Sequence[tuple[Array, Play]]) -> Play:
+    """One play of parts of the questions."""
+    width = max(play.workers.shape[1] for _, play in parts)
+    workers = np.full((count, width), NOBODY)
+    given, right = np.full(count, NOBODY), np.full(count, np.nan)
+    for test, play in parts:
         workers[test, : play.workers.shape[1]] = play.workers
         given[test], right[test] = play.given, play.right
     return Play(workers, given, right)
@@ -121,115 +168,30 @@ def _play(policy: Policy, table: Table, view: View) -> Play:
     while True:
         following = np.asarray(policy.ask(view, asked))
         known = (following >= 0) & (following < len(table.models))
-        if not (known | (following == NOBODY)).all() or (known[:, None] & (asked.workers == following[:, None])).any():
-            raise DataError(f"Policy {policy.name!r} asks a worker that is not there, or one twice.")
+        twice = known & (asked.workers == following[:, None]).any(axis=1)
+        if len(wrong := np.flatnonzero(~known & (following != NOBODY) | twice)):
+            raise DataError(
+                f"Policy {policy.name!r} asks worker {following[wrong[0]]} about question {table.ids[wrong[0]]!r}, having asked "
+                f"{asked.workers[wrong[0]].tolist()}.",
+                f"Expected one of 0 to {len(table.models) - 1} that it has not asked, or {NOBODY} for nobody.",
+            )
         if not known.any():
             break
         told = np.where(known, letters[each, following.clip(0)], "")
         asked = Asked(np.column_stack([asked.workers, following]), np.column_stack([asked.letters, told]))
     at = np.asarray(policy.give(view, asked))
-    given = asked.workers[each, at]
-    if (given < 0).any():
-        raise DataError(f"Policy {policy.name!r} gives an answer of a worker that it did not ask.")
-    right = table.right[each, given]
-    if np.isnan(right).any():
-        where = table.ids[int(np.flatnonzero(np.isnan(right))[0])]
-        raise DataError(f"Question {where!r} has no recorded outcome of a model that was asked.", "Leave the model out: --only MODEL")
-    return Play(asked.workers, given, right)
-
-
-def measure(table: Table, plays: Mapping[str, Play], first: str, groups: Sequence[str]) -> dict[str, Any]:
-    """Figures of every policy, as plain data; `first` is the policy (best single) that others are compared with.
-
-    Each: n, score, interval (Wilson of the rounded count), `gap` to `first` (paired bootstrap), workers asked per query (mean, most),
-    `billions`: parameters activated per query (None where a size is unknown), `regret`: the oracle's score minus this one's,
-    `by_group`. `oracle`: some model was right; it knows the outcomes and is no policy.
-    """
-    inside = ~np.isnan(plays[first].right)
-    best = np.nanmax(table.right, axis=1)[inside]
-    n, oracle = int(inside.sum()), float(best.mean())
-    sizes = np.array([np.nan if m.billions is None else m.billions for m in table.models] + [0.0])
-    rows: dict[str, Any] = {}
-    for name, play in plays.items():
-        right, workers = play.right[inside], play.workers[inside]
-        score = float(right.mean())
-        gap, bounds = difference(right, plays[first].right[inside])
-        billions = float(sizes[workers].sum(axis=1).mean())
-        rows[name] = {
-            "n": n,
-            "score": score,
-            "interval": list(wilson(round(float(right.sum())), n)),
-            "gap": None if name == first else {"value": gap, "interval": list(bounds)},
-            "workers": float((workers >= 0).sum(axis=1).mean()),
-            "most": int((workers >= 0).sum(axis=1).max()),
-            "billions": None if np.isnan(billions) else billions,
-            "regret": oracle - score,
-            "by_group": {group: float(right[np.array(groups)[inside] == group].mean()) for group in sorted(set(np.array(groups)[inside]))},
-        }
-    return {
-        "questions": len(table.ids),
-        "models": [
-            {"name": m.name, "billions": m.billions, "score": float(np.nanmean(table.right[:, i]))} for i, m in enumerate(table.models)
-        ],
-        "oracle": {"n": n, "score": oracle, "interval": list(wilson(round(float(best.sum())), n))},
-        "first": first,
-        "policies": rows,
-    }
-
-
-def report(metrics: Mapping[str, Any], title: str, command: str) -> Report:
-    """`measure`'s figures for people: policies, models, categories, and score against parameters activated."""
-    found, oracle = metrics["policies"], metrics["oracle"]
-    rows: list[Cells] = []
-    for name, row in found.items():
-        gap = row["gap"]
-        rows.append(
-            [
-                name,
-                percent(row["score"]),
-                interval(row["interval"]),
-                "" if gap is None else f"{gap['value'] * 100:+.1f} ({gap['interval'][0] * 100:+.1f} to {gap['interval'][1] * 100:+.1f})",
-                f"{row['workers']:.2f}",
-                f"{row['most']}",
-                "-" if row["billions"] is None else f"{row['billions']:.1f}",
-                f"{row['regret'] * 100:.1f}",
-            ]
+    rounds = asked.workers.shape[1]
+    given = np.array([asked.workers[q, k] if 0 <= k < rounds else NOBODY for q, k in enumerate(at)])
+    if len(wrong := np.flatnonzero(given == NOBODY)):
+        raise DataError(
+            f"Policy {policy.name!r} gives the answer of round {at[wrong[0]]} to question {table.ids[wrong[0]]!r}, where it asked nobody.",
+            f"Expected one of 0 to {rounds - 1} in which it asked somebody." if rounds else "It asked nobody at all.",
         )
-    rows.append(["oracle (some model is right)", percent(oracle["score"]), interval(oracle["interval"]), "", "", "", "", "0.0"])
-    head = ("policy", "score", "interval", f"against {metrics['first']}", "workers", "most", "billions", "regret")
-    models: list[Cells] = [
-        (m["name"], "-" if m["billions"] is None else f"{m['billions']:g}", percent(m["score"]))
-        for m in sorted(metrics["models"], key=lambda m: -m["score"])
-    ]
-    names = list(next(iter(found.values()))["by_group"])
-    groups: list[Cells] = [(group, *(percent(row["by_group"][group]) for row in found.values())) for group in names]
-    sections = [
-        Section(f"Policies ({oracle['n']:,} questions, {len(models)} models)", head, rows),
-        Section("Models", ("model", "billions", "score"), models, brief=False),
-        Section("By category", ("category", *found), groups, brief=False),
-    ]
-    points = [
-        {
-            "name": name,
-            "cost": row["billions"] or row["workers"],
-            "value": row["score"],
-            "interval": row["interval"],
-            "ours": any(word in name for word in ("master", "vote", "cascade")),
-        }
-        for name, row in found.items()
-    ]
-    known = all(row["billions"] is not None for row in found.values())
-    cost = "parameters activated per query (billions)" if known else "workers asked per query"
-    drawn = [Picture("cost", f"Score against {cost}", lambda: pictures.frontier(points, cost, "score", f"{oracle['n']:,} questions"))]
-    if len(names) > 1:
-        shown = [name for name in found if name != "random"]
-        series = {group: {name: found[name]["by_group"][group] for name in (shown[0], shown[-1])} for group in names}
-        drawn.append(Picture("categories", "Score by category", lambda: pictures.bars(series, "score", f"{oracle['n']:,} questions")))
-    note = (
-        "Every question is judged by policies that were fitted on other questions. Workers, billions: asked, and parameters activated, per "
-        "query (mean). Regret: what the oracle has more; it knows the outcomes and counts lucky guesses. Intervals: 95 %, Wilson; "
-        "differences: paired bootstrap. A learnt vote also knows who disagrees and facts of the question; `options read`: facts of the "
-        "answer's text as well (its length, digits), which in MMLU-Pro say something by themselves, because most of its wrong options "
-        "were written by a language model."
-    )
-    return Report(title, command, metrics, sections, drawn, note)
+    right = table.right[each, given]
+    if len(gone := np.flatnonzero(np.isnan(right))):
+        raise DataError(
+            f"Question {table.ids[gone[0]]!r} has no recorded outcome of {table.models[given[gone[0]]].name}, which policy {policy.name!r} "
+            f"asks ({len(gone)} such questions in this part).",
+            "Leave the model out (--only MODEL, once for each of the others), or the question.",
+        )
+    return Play(asked.workers, given, right)

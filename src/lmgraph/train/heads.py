@@ -77,7 +77,7 @@ def _table(path: Path | None, shape: tuple[int, int]) -> Array:
     try:
         found = np.load(path, mmap_mode="r")  # unlike r+, does not lengthen a file that was cut off
         fits = found.shape == shape and found.dtype == np.float32
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, EOFError):
         fits = False
     if not fits:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def states(
     trunk, embeddings, encode_text = load_base(base)
     for name, parameter in trunk.named_parameters():
         key = _adapted(name)
-        if adapter is not None and key is not None:
+        if adapter is not None and f"{key}.lora_a" in adapter:  # a bundle of rows alone changes no weight
             change = adapter[f"{key}.lora_b"].astype(np.float32) @ adapter[f"{key}.lora_a"].astype(np.float32)
             parameter += torch.from_numpy(change)
     master = Master(trunk, embeddings, 1, half=fast_bf16()).eval()
