@@ -12,6 +12,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -396,3 +397,14 @@ def test_an_asset_of_the_catalogue_has_a_digest_a_size_a_source_and_a_licence(na
 def test_no_two_assets_share_a_file_or_a_digest() -> None:
     rows = assets.CATALOGUE.values()
     assert len({a.file for a in rows}) == len({a.sha256 for a in rows}) == len(rows)
+
+
+def test_weights_under_terms_are_fetched_only_once_these_were_accepted(site: Site, tmp_path: Path) -> None:
+    site.files[ADDRESS] = CONTENT
+    asset = replace(asset_of(), terms="https://example.org/terms", licence="Toy Terms")
+    with pytest.raises(AssetError, match="Toy Terms") as caught:
+        assets.fetch(asset, tmp_path)
+    assert "https://example.org/terms" in caught.value.hint and "lmgraph pull toy --accept-licence" in caught.value.hint
+    assert not site.asked and not list(tmp_path.iterdir()), "nothing was fetched, nothing is left"
+    assets.accept(asset, tmp_path)
+    assert assets.fetch(asset, tmp_path).read_bytes() == CONTENT

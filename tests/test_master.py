@@ -206,3 +206,33 @@ def test_a_master_of_the_octopus_v4_dialect_is_asked_in_its_own_form(tmp_path: P
 def test_a_file_without_a_vocabulary_is_no_master(toy_base: Path) -> None:
     with pytest.raises(VocabularyMismatch, match="no master"):
         bundles.vocabulary_of(toy_base)
+
+
+def test_the_scope_says_how_far_a_query_is_from_ordinary_words_and_changes_no_choice(toy_master: Path) -> None:
+    async def work() -> None:
+        async with master_of(toy_master) as master:
+            for query, _ in toy_queries(6):
+                plain, scoped = await master.decide(query, rewriting=False), await master.decide(query, rewriting=False, scoped=True)
+                assert plain.scope is None and "scope" not in plain.to_json()
+                assert scoped.scope is not None and scoped.to_json()["scope"] == round(scoped.scope, 3)
+                assert scoped.chosen == plain.chosen and scoped.probability == pytest.approx(plain.probability, abs=1e-4)
+                assert sum(p for _, p in scoped.alternatives) == pytest.approx(1, abs=1e-3)
+
+    asyncio.run(work())
+
+
+def test_below_the_scope_the_fallback_answers_and_above_it_the_chosen_node(toy_master: Path) -> None:
+    def graph(scope: float) -> str:
+        return toy_graph(toy_master).replace("master: {bundle:", f"master: {{scope: {scope}, fallback: law, bundle:")
+
+    async def work() -> None:
+        query = next(q for q, node in toy_queries(9) if node != "law")
+        async with master_of(toy_master, graph(-1000)) as master:
+            inside = await master.decide(query, rewriting=False)
+            assert inside.scope is not None and inside.node == inside.chosen and not inside.fallback
+            chosen = inside.chosen
+        async with master_of(toy_master, graph(1000)) as master:
+            outside = await master.decide(query, rewriting=False)
+            assert outside.chosen == chosen and (outside.fallback, outside.node) == (chosen != "law", "law")
+
+    asyncio.run(work())

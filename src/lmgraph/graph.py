@@ -73,6 +73,7 @@ class Node:
 class MasterSpec:
     """Which master chooses: a bundle's name or folder, or a GGUF with a vocabulary; below `threshold`, `fallback` answers.
 
+    With `scope`, queries that belong to no node go to `fallback` too: those whose `Decision.scope` is below it.
     Within a conversation the node of the turn before stays unless another one is more probable by at least `margin`.
     """
 
@@ -80,6 +81,7 @@ class MasterSpec:
     threshold: float = 0.0
     fallback: str = ""
     margin: float = 0.3
+    scope: float | None = None
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ class _Reader:
         top = self.take(data, (), sections, ("version", "nodes", "edges"))
         if top.get("version", VERSION) != VERSION:
             self.say(("version",), f"found {top['version']}, this lmgraph reads version {VERSION}")
-        known = {"bundle": (str,), "threshold": (int, float), "fallback": (str,), "margin": (int, float)}
+        known = {"bundle": (str,), "threshold": (int, float), "fallback": (str,), "margin": (int, float), "scope": (int, float)}
         spec = self.take(top.get("master", {}), ("master",), known, ())
         for name in ("threshold", "margin"):
             if not 0 <= spec.get(name, 0) <= 1:

@@ -76,6 +76,7 @@ def schema() -> dict[str, Any]:
                     "bundle": {**text, "description": "built-in bundle or folder"},
                     "threshold": {**number, "minimum": 0, "maximum": 1},
                     "fallback": {**text, "description": "node asked when the master's probability is below the threshold"},
+                    "scope": {**number, "description": "log-odds against ordinary words below which the fallback answers: of no node"},
                     "margin": {
                         **number,
                         "minimum": 0,

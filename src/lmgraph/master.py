@@ -7,6 +7,7 @@ node wants it, write the rewritten query with the same cached prefix until the e
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -22,6 +23,12 @@ QUERY_LIMIT = 256
 REWRITE_LIMIT = 160
 """query tokens up to which `rewrite: auto` writes a new query: a longer one carries its own context"""
 MAX_CHARACTERS = 200_000
+TOP = 20
+"""nodes whose probabilities a decision names"""
+ORDINARY = (" the", " a", " and", " of")
+"""words that may stand anywhere: where a query belongs to no node, the master is closer to going on in plain words (docs/log.md)"""
+LEAST = 1e-30
+"""a probability that llama.cpp rounds to 0"""
 
 
 class Master:
@@ -33,12 +40,21 @@ class Master:
         self.vocabulary = vocabulary
         self.graph = graph
         self._template: dict[str, list[int]] = {}
+        self._words: list[int] = []
 
     async def decide(
-        self, query: str, at: str = START, *, rewriting: bool | None = None, among: Sequence[str] | None = None, stay: str = ""
+        self,
+        query: str,
+        at: str = START,
+        *,
+        rewriting: bool | None = None,
+        among: Sequence[str] | None = None,
+        stay: str = "",
+        scoped: bool = False,
     ) -> Decision:
         """Decide where `query` goes from node `at`. `rewriting` overrides the nodes' own `rewrite:` setting; `among` narrows the choice.
 
+        `scoped`: the decision says how far the query belongs to a node at all (`Decision.scope`), as it does where the graph sets a scope.
         Node `stay` is chosen unless another one is more probable by the graph's margin, or it may not follow `at`.
         Raises QueryError for a query without content, NoDecision when nothing may follow `at`.
         """
@@ -55,15 +71,20 @@ class Master:
         allowed = {self.vocabulary.first_id + self.graph.nodes[name].token: name for name in names}
         async with await self.engine.session() as session:
             started = time.perf_counter()
-            choice = await session.choose(prompt, list(allowed), self.vocabulary.temperature)
-            if not choice.probabilities:
+            words = await self._ordinary() if scoped or self.graph.master.scope is not None else []
+            top = len(allowed) + len(words) if words else TOP
+            choice = await session.choose(prompt, [*allowed, *words], self.vocabulary.temperature, top)
+            mass = sum(p for i, p in choice.probabilities if i in allowed) if words else 1.0
+            if not choice.probabilities or not mass:
                 raise NoDecision("The master gave no probability to any allowed node.")
-            ranked = tuple((allowed[i], p) for i, p in choice.probabilities if i in allowed)
+            ranked = tuple((allowed[i], p / mass) for i, p in choice.probabilities if i in allowed)[:TOP]
+            odds = ranked[0][1] * mass / max(sum(p for i, p in choice.probabilities if i in words), LEAST) if words else 0.0
+            scope = math.log(odds) * self.vocabulary.temperature if words else None
             chosen, probability = ranked[0]
             stayed = chosen != stay and probability - dict(ranked).get(stay, -1.0) < self.graph.master.margin
             if stayed:
                 chosen, probability = stay, dict(ranked)[stay]
-            node, fallback = (chosen, False) if chosen == stay else self._threshold(chosen, probability, names)
+            node, fallback = (chosen, False) if chosen == stay else self._threshold(chosen, probability, scope, names)
             decided = time.perf_counter()
             text, note, written = query, "", 0
             if fallback:
@@ -84,6 +105,7 @@ class Master:
             rewrite_note=note,
             fallback=fallback,
             stayed=stayed,
+            scope=scope,
             shortened=shortened,
             tokenise_ms=(tokenised - began) * 1000,
             prefill_ms=(decided - started) * 1000,
@@ -104,12 +126,19 @@ class Master:
             self._template[segment.text] = await self.engine.tokenise(segment.text, segment.special)
         return self._template[segment.text]
 
-    def _threshold(self, chosen: str, probability: float, names: Sequence[str]) -> tuple[str, bool]:
+    async def _ordinary(self) -> list[int]:
+        if not self._words:
+            firsts = [(await self.engine.tokenise(word))[0] for word in ORDINARY]
+            self._words = list(dict.fromkeys(firsts))  # each once: a small vocabulary may begin them all alike
+        return self._words
+
+    def _threshold(self, chosen: str, probability: float, scope: float | None, names: Sequence[str]) -> tuple[str, bool]:
         """(node, whether it is the fallback). The node's own threshold wins over the master's; a fallback must be allowed here."""
         own = self.graph.nodes[chosen].threshold
         limit = self.graph.master.threshold if own is None else own
-        fallback = self.graph.master.fallback
-        if probability >= limit or not fallback or fallback == chosen or fallback not in names:
+        fallback, least = self.graph.master.fallback, self.graph.master.scope
+        inside = least is None or scope is None or scope >= least
+        if (probability >= limit and inside) or not fallback or fallback == chosen or fallback not in names:
             return chosen, False
         return fallback, True
 

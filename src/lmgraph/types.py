@@ -63,6 +63,8 @@ class Decision:
     fallback: bool = False
     stayed: bool = False
     """the conversation's node was kept although another one was a little more probable"""
+    scope: float | None = None
+    """log-odds of the chosen functional token against ordinary words in its place: low where a query belongs to no node; None: not asked"""
     shortened: int = 0
     """query tokens that the master did not see (the worker gets the query whole)"""
     tokenise_ms: float = 0.0
@@ -83,6 +85,7 @@ class Decision:
             "fallback": self.fallback,
             "stayed": self.stayed,
             "chosen": self.chosen,
+            **({} if self.scope is None else {"scope": round(self.scope, 3)}),
             "rewrite_note": self.rewrite_note,
             "shortened": self.shortened,
             "ms": {"tokenise": round(self.tokenise_ms, 2), "prefill": round(self.prefill_ms, 2), "decode": round(self.decode_ms, 2)},

@@ -63,6 +63,7 @@ def lmgraph() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; turn every failure into a message and an exit code (1 failure, 2 usage, 130 interrupted)."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries below draw bars of their own on stderr; a user sees ours
     try:
         result = lmgraph.main(args=arguments, prog_name="lmgraph", standalone_mode=False)
         _flush()

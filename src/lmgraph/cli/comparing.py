@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmgraph.cli import settings
-from lmgraph.cli.measuring import give, typed
+from lmgraph.cli.measuring import give, typed, with_master
 from lmgraph.cli.run import GRAPH, JSON
-from lmgraph.errors import DataError, UserError
+from lmgraph.errors import AssetError, DataError, OutsideError, UserError
 
 if TYPE_CHECKING:
     from lmgraph.evaluate.compare import Contest, Result
@@ -34,12 +34,18 @@ KINDS = (
     "random",
 )
 Make = Callable[[], "Contestant"]
+ONLY_FILES = {"examples": "--data", "path": "--graph", "bundle": "--bundle", "kept": "--kept", "styles": "--style"}
+ONLY_INTENTS = {"folder": "--folder", "shots": "--shots", "seed": "--seed"}
 
 
 @click.command()
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1)
 @click.option(
-    "--data", "examples", type=click.Path(path_type=Path), multiple=True, help="JSON Lines that the contestants learn from (repeat)"
+    "--data",
+    "examples",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="JSON Lines that the contestants learn from, but for the tenth that training keeps aside (repeat)",
 )
 @click.option("--intents", type=click.Choice(["banking77", "clinc150"]), help="a public intent set instead of FILES")
 @click.option(
@@ -51,15 +57,20 @@ Make = Callable[[], "Contestant"]
 @click.option("--bundle", help="another master than the graph's: built-in name, folder or GGUF")
 @click.option("--kept", is_flag=True, help="of FILES, only the tenth that training keeps aside")
 @click.option("--style", "styles", multiple=True, help="of FILES, only examples of this style (repeat)")
-@click.option("--contestant", "kinds", type=click.Choice(KINDS), multiple=True, help="only these (repeat)  [default: all]")
+@click.option(
+    "--contestant", "kinds", type=click.Choice(KINDS), multiple=True, metavar="NAME", help="only this one (repeat)  [default: all]"
+)
 @click.option("--sample", type=click.IntRange(1), help="only this many queries, spread evenly")
 @click.option("--listing-sample", type=click.IntRange(1), help="fewer queries for the two that read all descriptions, which are slow")
 @click.option(
     "--rows-examples", type=click.IntRange(10), default=3000, show_default=True, help="examples that rows only are fitted on, at most"
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="folder for the report, and for what is trained; a stopped run goes on from it"
+    "--out",
+    type=click.Path(path_type=Path),
+    help="folder for the report, what is trained and every decision; the same command goes on from there",
 )
+@click.option("--fresh", is_flag=True, help="forget the decisions that are in --out")
 @JSON
 def compare(
     files: tuple[Path, ...],
@@ -77,12 +88,26 @@ def compare(
     listing_sample: int | None,
     rows_examples: int,
     out: Path | None,
+    fresh: bool,
     as_json: bool,
 ) -> None:
     """Routers side by side: same queries, same examples, one run; accuracy against decision time.
 
     Either FILES of queries (JSON Lines with query and node) and --data to learn from, with the graph's master; or --intents with
     --folder: a master is then trained on the few examples. What is not installed is left out: pip install 'lmgraph[compare]'.
+
+    \b
+    The contestants:
+    master               the graph's master, or the one trained on the examples
+    rows                 functional rows fitted on the untouched base
+    semantic-router      similarity to examples, mean of the nearest (its default)
+    semantic-router-max  the same, the nearest alone
+    minilm-regression    logistic regression on sentence embeddings
+    minilm-knn           nearest examples by sentence embedding
+    tfidf                logistic regression on words
+    listing              SmolLM2-135M reads all descriptions and answers with a name
+    listing-coder        Qwen2.5-Coder-1.5B does
+    majority, random     know nothing
     """
     if bool(intents) == bool(files):
         raise UserError("Give FILES and --data, or --intents and --folder.", "See: lmgraph evaluate compare --help")
@@ -90,6 +115,9 @@ def compare(
         raise UserError(f"Where does {intents} lie?", f"lmgraph evaluate compare --intents {intents} --folder DIR")
     if files and not examples:
         raise UserError("What do the contestants learn from?", "Add --data FILE (JSON Lines with query and node); repeat it for more.")
+    if misplaced := _given(ONLY_FILES if intents else ONLY_INTENTS):
+        where = "FILES, not with --intents" if intents else "--intents, not with FILES"
+        raise UserError(f"{', '.join(misplaced)}: only with {where}.", "See: lmgraph evaluate compare --help")
     from dataclasses import replace
 
     from lmgraph.evaluate import compare as comparing
@@ -97,10 +125,7 @@ def compare(
     from lmgraph.files import read_graph
     from lmgraph.train import examples as data
 
-    using = settings()
-    given, beside = read_graph(path or using.graph)
-    if bundle:
-        given = replace(given, master=replace(given.master, bundle=str(Path(bundle).resolve()) if Path(bundle).exists() else bundle))
+    given, beside = None, None
     if intents and folder:
         found = sets.load(intents, folder)
         few = found.few(shots, seed)
@@ -108,22 +133,49 @@ def compare(
         contest = comparing.Contest({node: f"messages like: {first[node]}" for node in found.nodes}, few, found.test, found.outside)
         title = f"Routers on {intents}, {shots} examples a node"
     else:
-        rows = [e for e in data.load(files) if (not styles or e.style in styles) and (not kept or data.held_out(e, 10))]
+        given, beside = read_graph(path or settings().graph)
+        given = with_master(given, bundle)
+        every = data.load(files)
+        rows = [e for e in every if (not styles or e.style in styles) and (not kept or data.held_out(e, 10))]
+        if not rows:
+            raise DataError(
+                "No queries are left after --style and --kept.",
+                f"Styles in FILES: {', '.join(sorted({e.style or '(none)' for e in every}))}",
+            )
         learnt, _ = data.split(data.load(examples))
         names = {name: node.description for name, node in given.nodes.items()}
         _known(names, [*rows, *learnt])
         contest = comparing.Contest(names, learnt, rows)
         title = f"Routers on {', '.join(f.name for f in files)}"
-    if not contest.queries:
-        raise DataError("No queries are left after --style and --kept.")
     queries, outside = contest.spread(sample or len(contest.queries))
     contest = replace(contest, queries=queries, outside=outside)
-    results = asyncio.run(_run(contest, kinds or KINDS, listing_sample, bool(intents), given, beside, out, rows_examples))
+    again = "What was decided is kept; go on with the same command." if out else "Nothing was kept; with --out FOLDER it would be."
+    try:
+        results = asyncio.run(_run(contest, list(dict.fromkeys(kinds)) or KINDS, listing_sample, given, beside, out, fresh, rows_examples))
+    except KeyboardInterrupt:
+        click.echo(f"\n{again}{' (without --fresh)' if out and fresh else ''}", err=True)
+        raise
+    except (AssetError, OutsideError) as error:
+        error.hint = "\n".join(line for line in (error.hint, again) if line)
+        raise
     give(comparing.report(comparing.measure(results, contest, "lmgraph master"), title, typed()), out, as_json)
 
 
+def _given(names: dict[str, str]) -> list[str]:
+    """Those of some options that stand on the command line."""
+    context = click.get_current_context()
+    return [option for name, option in names.items() if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE]
+
+
 async def _run(
-    contest: Contest, kinds: Sequence[str], listed: int | None, few: bool, given: Graph, beside: Path | None, out: Path | None, rows: int
+    contest: Contest,
+    kinds: Sequence[str],
+    listed: int | None,
+    given: Graph | None,
+    beside: Path | None,
+    out: Path | None,
+    fresh: bool,
+    rows: int,
 ) -> list[Result]:
     import tempfile
 
@@ -135,10 +187,10 @@ async def _run(
     with (
         tempfile.TemporaryDirectory() as scratch,
         Bars() as bars,
-        open_journal(out / "verdicts.jsonl" if out else None, comparing.Decided) as journal,
+        open_journal(out / "verdicts.jsonl" if out else None, comparing.Decided, fresh=fresh) as journal,
     ):
         keep = out or Path(scratch)
-        makers = _makers(few, given, beside, settings(), keep, bars, rows)
+        makers = _makers(given, beside, settings(), keep, bars, rows)
         for kind in kinds:
             contestant = await makers[kind]()
             most = listed if kind.startswith("listing") and listed else len(contest.queries)
@@ -152,9 +204,9 @@ def _known(nodes: dict[str, str], examples: Sequence[Any]) -> None:
     check_names("The examples are labelled with", {e.node for e in examples}, list(nodes))
 
 
-def _makers(few: bool, given: Any, beside: Path | None, using: Settings, keep: Path, bars: Any, rows_examples: int) -> dict[str, Any]:
+def _makers(given: Graph | None, beside: Path | None, using: Settings, keep: Path, bars: Any, rows_examples: int) -> dict[str, Any]:
     """What makes each kind of contestant, when its turn comes: two large models are never in memory together."""
-    from lmgraph import assets
+    from lmgraph import assets, bundles
     from lmgraph.engine import Engine
     from lmgraph.evaluate import contestants, listing, masters
     from lmgraph.files import model_file
@@ -167,8 +219,9 @@ def _makers(few: bool, given: Any, beside: Path | None, using: Settings, keep: P
         return model_file(name, using.cache, None, bars)
 
     async def master() -> Contestant:
-        if few:
-            return masters.Few(weights(small), assets.CATALOGUE[small].sha256, keep, using.threads, bars.progress)
+        if given is None:
+            start = bundles.builtin_folder() / masters.START
+            return masters.Few(weights(small), assets.CATALOGUE[small].sha256, start, keep, using.threads, bars.progress)
         return masters.Served(await Runtime(given, using, beside, bars).master(slots=1))
 
     async def rows() -> Contestant:

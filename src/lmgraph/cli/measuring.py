@@ -93,7 +93,7 @@ async def _routes(
     using = settings()
     given, folder = read_graph(path or using.graph)
     measuring.check_names("The examples are labelled with", {e.node for e in rows}, list(given.nodes))
-    given = _with_master(given, bundle)
+    given = with_master(given, bundle)
     with Bars() as bars:
         runtime = Runtime(given, using, folder, bars)
         async with runtime:
@@ -179,7 +179,7 @@ async def _mmlu(
     shown = mmludata.few_shots(sheets.dev, questions, shots)
     using = settings()
     given, folder = read_graph(path or using.graph)
-    given = with_profile(_with_master(given, bundle), using.profile)
+    given = with_profile(with_master(given, bundle), using.profile)
     check_names("The questions belong to", {question.node for question in questions}, list(given.nodes))
     with (
         Bars() as bars,
@@ -220,7 +220,7 @@ async def _mmlu(
     give(marks.report(metrics, f"MMLU, {shots}-shot, {len(questions):,} questions of {data.name}", typed()), out, as_json)
 
 
-def _with_master(given: Graph, bundle: str | None) -> Graph:
+def with_master(given: Graph, bundle: str | None) -> Graph:
     """The graph with another master, where one is named; a path is taken from here, not from the graph's folder."""
     from dataclasses import replace
 

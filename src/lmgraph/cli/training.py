@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def tune(
         training = [e for e in training if e.query in fresh or data.held_out(e, 10 + round(90 * replay))]
     if rewrite_share < 1:
         training = [e if data.held_out(e, 10 + round(90 * rewrite_share)) else replace(e, rewrite="") for e in training]
+    _enough(training, kept)
     validation = {"kept": kept, **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
     try:
         from lmgraph.train import tune as tuning
@@ -137,6 +139,13 @@ def tune(
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     click.echo(json.dumps(metrics))
     click.echo(f"The bundle is in {out}. Use it: master: {{bundle: {out}}} in graph.yaml", err=True)
+
+
+def _enough(training: Sequence[Any], kept: Sequence[Any]) -> None:
+    """Raise DataError where nothing is left to learn from, or to keep aside."""
+    if not training or not kept:
+        left = "learn from" if kept else "keep aside"
+        raise DataError(f"Too few examples: nothing is left to {left}.", "Give at least 50 examples with different queries.")
 
 
 def _ground(path: Path | None, base: str, size: int) -> tuple[Any, Any, Path]:
@@ -252,8 +261,7 @@ async def _all_rows(files: tuple[Path, ...], out: Path, base: str, size: int, pa
     using = settings()
     _, vocabulary, base_file = _ground(path, base, size)
     training, kept = data.split(data.load(files))
-    if not kept:
-        raise DataError("Too few examples: nothing is left to keep aside.", "Give at least 50 examples.")
+    _enough(training, kept)
     labels = heads.index([e.node for e in [*training, *kept]], vocabulary.nodes)
     queries = [e.query for e in [*training, *kept]]
     keep = out / f"states-{hashlib.sha256(json.dumps([vocabulary.base, QUERY_LIMIT, queries]).encode()).hexdigest()[:12]}.npy"

@@ -18,7 +18,8 @@ from lmgraph.errors import AssetError
 @GRAPH
 @PROFILE
 @click.option("--verify", is_flag=True, help="read every byte of the files that are there, and fetch damaged ones again")
-def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify: bool) -> None:
+@click.option("--accept-licence", "accepting", is_flag=True, help="accept the licence of each of NAMES that asks for it")
+def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify: bool, accepting: bool) -> None:
     """Fetch weights now: NAMES from the catalogue, or what the graph needs. Interrupted fetches go on where they stopped."""
     from lmgraph import files
     from lmgraph.cli.show import Bars, console
@@ -35,6 +36,8 @@ def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify:
     with Bars() as bars:
         for name in wanted:
             asset = assets.CATALOGUE[name]
+            if accepting and name in names and asset.terms:
+                assets.accept(asset, using.cache)
             if verify and assets.locate(asset, using.cache) and not assets.verify(asset, using.cache):
                 bars.say(f"{asset.file} is damaged; fetching it again")
                 (using.cache / "weights" / asset.file).unlink()

@@ -63,7 +63,7 @@ class Rows(Competence):
     """The same from the query's features: a functional row a model, ridge regression on who was right.
 
     The master's hidden states as features and the greatest product with a row is what choosing by functional token is, with models in
-    place of nodes. `categories`: the category counts as a feature, too. The penalty is the one with the least squared error when each
+    place of nodes. `categories`: the category counts as a feature, too. The penalties are those with the least squared error when each
     question is left out once (Allen, Technometrics 16, 1974).
     """
 
@@ -84,7 +84,11 @@ class Rows(Competence):
         self._names = {name: i for i, name in enumerate(sorted(set(view.categories)))}
         self._shares = np.bincount([self._names[name] for name in view.categories]) / len(view.categories)
         self._mean, self._spread = view.features.mean(axis=0), view.features.std(axis=0)
-        self._rows, self._base = _ridge(self._inputs(view)[whole], table.right[whole])
+        x, right = self._inputs(view)[whole], table.right[whole]
+        easy = right.mean(axis=1, keepdims=True)
+        # how hard a question is and who does better on it than others take penalties of their own: one for both would be the first's
+        (rows, base), (more, above) = _ridge(x, easy), _ridge(x, right - easy)
+        self._rows, self._base = rows + more, base + above
 
     def _inputs(self, view: View) -> Array:
         scaled = (view.features - self._mean) / np.where(self._spread > 0, self._spread, 1) / np.sqrt(max(1, view.features.shape[1]))

@@ -7,7 +7,10 @@ embeddings, TF-IDF, and the two that know nothing. scikit-learn, sentence-transf
 
 from __future__ import annotations
 
+import json
 import random
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +40,8 @@ class Contestant(Protocol):
     """A router. `fit` gets labelled queries and the descriptions of all nodes; then `decide` takes one query at a time."""
 
     name: str
+    weights: str
+    """names what decides beside name, examples and descriptions: a digest of weights trained before, '' for nothing; known after `fit`"""
 
     async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
         """Learn. Raises MissingExtra where a library is not installed."""
@@ -55,6 +60,7 @@ class Majority:
     """Always the most frequent node."""
 
     name = "majority"
+    weights = ""
 
     async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
         """Count."""
@@ -72,6 +78,7 @@ class Random:
     """A uniformly random node; the seed makes a run repeatable."""
 
     name = "random"
+    weights = ""
 
     def __init__(self, seed: int = 0) -> None:
         self._draw = random.Random(seed)
@@ -92,6 +99,7 @@ class TfIdf:
     """Words and pairs of words, weighted, and logistic regression."""
 
     name = "TF-IDF + logistic regression"
+    weights = ""
 
     async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
         """Words that occur in the examples; the penalty that does best on a tenth of them."""
@@ -120,8 +128,7 @@ class Embedder:
         """file (.npz) in which training vectors stay for the next run"""
         self._known: dict[str, Any] = {}
         if keep is not None and keep.is_file():
-            with np.load(keep, allow_pickle=False) as kept:
-                self._known = dict(zip(kept["texts"].tolist(), kept["vectors"], strict=True))
+            self._known = _kept(keep)
 
     def open(self, name: str) -> None:
         """Load the model, once. Raises MissingExtra for the contestant `name`."""
@@ -139,8 +146,9 @@ class Embedder:
         if new:
             self._known.update(zip(new, self._encode(new), strict=True))
             if self._keep is not None:
+                names = json.dumps(list(self._known)).encode()  # in an array of strings each would be as wide as the longest
                 with atomic(self._keep) as part, part.open("wb") as file:
-                    np.savez(file, texts=np.array(list(self._known)), vectors=np.stack(list(self._known.values())))
+                    np.savez(file, texts=np.frombuffer(names, dtype=np.uint8), vectors=np.stack(list(self._known.values())))
         return np.stack([self._known[text] for text in texts])
 
     def one(self, text: str) -> Any:
@@ -155,6 +163,7 @@ class EmbeddingRegression:
     """Logistic regression on sentence embeddings."""
 
     name = "MiniLM + logistic regression"
+    weights = ""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
@@ -176,6 +185,7 @@ class EmbeddingNeighbours:
     """The k examples nearest in cosine vote, weighted by similarity; k does best on a tenth of the examples."""
 
     name = "MiniLM + kNN"
+    weights = ""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
@@ -208,6 +218,8 @@ class SemanticRouter:
 
     `aggregation` of the scores of the 5 nearest utterances: `mean` is its default, `max` makes it the nearest neighbour.
     """
+
+    weights = ""
 
     def __init__(self, embedder: Embedder, aggregation: str = "mean") -> None:
         self.name = "semantic-router" if aggregation == "mean" else f"semantic-router ({aggregation})"
@@ -244,6 +256,15 @@ class SemanticRouter:
 
     async def close(self) -> None:
         """Nothing of its own to release."""
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """Vectors by text out of an Embedder's file; nothing where it is damaged: they are computed anew."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:  # np.load leaves a path that is no archive open
+            return dict(zip(json.loads(kept["texts"].tobytes()), kept["vectors"], strict=True))
+    except (ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
+        return {}
 
 
 def _vote(similar: Any, nodes: Sequence[str], k: int) -> Verdict:

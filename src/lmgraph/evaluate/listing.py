@@ -1,7 +1,8 @@
 """The field's usual way: all descriptions in the prompt, and a language model that answers with a node's name.
 
 It knows prompts with a list of nodes and how an answer is held to the names. The names form a tree of token ids; at each fork the model
-chooses among the ids that go on, so that nothing but a name can come out. The list stands first: it stays in the engine's cache.
+chooses among the ids that go on (to end its turn is one of them, where a name is the beginning of another), so that nothing but a name
+can come out. The list stands first: it stays in the engine's cache.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from lmgraph import prompts
 from lmgraph.engine import Engine
+from lmgraph.errors import EngineError
 from lmgraph.evaluate.contestants import Verdict
 from lmgraph.train.examples import Example
 
@@ -23,19 +25,28 @@ QUESTION = "Which expert should answer the user's message? Answer with the exper
 class Listing:
     """A chat model (any GGUF, its own chat template) with every node's name and description in the system message."""
 
+    weights = ""  # the name says which model
+
     def __init__(self, name: str, engine: Engine) -> None:
         self.name = name
         self._engine = engine
 
     async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
-        """Read the list; nothing is learnt from the examples but what the descriptions say."""
-        self._names = {node: await self._engine.tokenise(node) + [-1] for node in nodes}  # -1: no name ends inside another
+        """Read the list; nothing is learnt from the examples. Raises EngineError where it does not fit into the engine's context."""
         listing = QUESTION + "\n".join(f"- {node}: {description}" for node, description in nodes.items())
         mark = "Sentence that stands for the query."
-        ids, middle = await self._engine.render([("system", listing), ("user", mark)]), await self._engine.tokenise(mark)
-        at = next(i for i in range(len(ids) - len(middle), -1, -1) if ids[i : i + len(middle)] == middle)
-        self._before, self._after = ids[:at], ids[at + len(middle) :]
-        self._end = (await self._engine.tokenise("\n"))[0]
+        middle = await self._engine.tokenise(mark)
+        self._before, self._after = _around(await self._engine.render([("system", listing), ("user", mark)]), middle)
+        # a turn after the answer: a conversation that ends with an assistant's is rendered as one to be gone on with
+        said, _ = _around(await self._engine.render([("user", "?"), ("assistant", mark), ("user", mark)]), middle)
+        end = _around(said, middle)[1][0]  # what this model's template puts behind an answer
+        self._names = {node: [*await self._engine.tokenise(node), end] for node in nodes}
+        needed = len(self._before) + QUERY_LIMIT + len(self._after) + max(len(ids) for ids in self._names.values())
+        if needed > self._engine.context:
+            raise EngineError(
+                f"A list of {len(nodes):,} nodes and a query need {needed:,} tokens; {self.name} is loaded with room for "
+                f"{self._engine.context:,}."
+            )
 
     async def decide(self, query: str) -> Verdict:
         """The name that the model writes and the product of its probabilities at the forks."""
@@ -46,10 +57,8 @@ class Listing:
             while len(left) > 1:
                 following = {ids[len(written)] for ids in left.values()}
                 if len(following) > 1:
-                    allowed = [self._end if i < 0 else i for i in sorted(following)]
-                    choice = await session.choose([*self._before, *kept, *self._after, *written], allowed)
-                    chosen, share = choice.probabilities[0]
-                    taken = -1 if chosen == self._end else chosen
+                    choice = await session.choose([*self._before, *kept, *self._after, *written], sorted(following))
+                    taken, share = choice.probabilities[0]
                     probability *= share
                 else:
                     taken = following.pop()
@@ -60,3 +69,9 @@ class Listing:
     async def close(self) -> None:
         """Unload the model."""
         await self._engine.close()
+
+
+def _around(ids: Sequence[int], middle: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What stands before and behind the last occurrence of `middle`."""
+    at = next(i for i in range(len(ids) - len(middle), -1, -1) if ids[i : i + len(middle)] == middle)
+    return list(ids[:at]), list(ids[at + len(middle) :])

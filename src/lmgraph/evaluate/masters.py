@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lmgraph import bundles
-from lmgraph.assets import atomic
+from lmgraph.assets import atomic, digest_of
 from lmgraph.engine import Engine
 from lmgraph.errors import MissingExtra
 from lmgraph.evaluate.contestants import Verdict
@@ -29,9 +30,10 @@ from lmgraph.train import heads
 from lmgraph.train.examples import Example
 
 Progress = Callable[[str, int, int], None]
+Made = TypeVar("Made")
 CONTEXT = 1024
 START = "mmlu"
-"""built-in bundle that few examples begin with"""
+"""built-in bundle whose LoRA few examples begin with"""
 FEW: dict[str, Any] = {"batch_tokens": 768, "learning_rate": 5e-4, "warmup": 0.1, "validate_every": 1_000_000}
 """recipe for a few examples a node; chosen on BANKING77's training queries that are not among the examples"""
 PASSES = 50
@@ -44,18 +46,21 @@ class Served:
     """A master as it serves: one forward pass a query."""
 
     name = "lmgraph master"
+    weights = ""
 
     def __init__(self, master: Master | None = None) -> None:
         self._master = master
 
     async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
-        """Nothing: it was trained before."""
+        """Nothing: it was trained before. Only its weights' digest is taken."""
+        if self._master is not None:
+            self.weights = digest_of(self._master.engine.path)
 
     async def decide(self, query: str) -> Verdict:
         """The chosen node and its probability."""
         assert self._master is not None
-        made = await self._master.decide(query, rewriting=False)
-        return Verdict(made.chosen, made.probability)
+        made = await self._master.decide(query, rewriting=False, scoped=True)
+        return Verdict(made.chosen, made.scope or 0.0)
 
     async def close(self) -> None:
         """Unload the model."""
@@ -64,11 +69,15 @@ class Served:
 
 
 class Few(Served):
-    """A master trained on the examples that it is given: rows from the nodes' names, LoRA from the built-in master's."""
+    """A master trained on the examples that it is given: rows from the nodes' names, LoRA from the bundle `start` (None: from nothing).
 
-    def __init__(self, base: Path, digest: str, folder: Path, threads: int, progress: Progress) -> None:
+    What was trained is found again by examples, nodes, recipe and the name of `start`.
+    """
+
+    def __init__(self, base: Path, digest: str, start: Path | None, folder: Path, threads: int, progress: Progress) -> None:
         super().__init__()
-        self._base, self._digest, self._folder, self._threads, self._progress = base, digest, folder, threads, progress
+        self._base, self._digest, self._start, self._folder, self._threads = base, digest, start, folder, threads
+        self._progress = progress
 
     async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
         """Train, merge, load. A run that was stopped goes on from its checkpoint; a finished one is found again."""
@@ -78,21 +87,23 @@ class Few(Served):
             raise MissingExtra(self.name, "train") from error
         epochs = float(min(max(round(PASSES * len(nodes) / len(examples)), EPOCHS[0]), EPOCHS[1]))
         recipe = replace(tune.Recipe(), threads=self._threads, epochs=epochs, **FEW)
-        start = bundles.builtin_folder() / START
         vocabulary = _vocabulary(self._base, self._digest, nodes)
-        key = [START, vocabulary.to_json(), asdict(recipe), [(e.query, e.node) for e in examples]]
-        folder = self._folder / f"master-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
+        begins = self._start.name if self._start else ""
+        key = [begins, vocabulary.to_json(), asdict(recipe), [(e.query, e.node) for e in examples]]
+        self.weights = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+        folder = self._folder / f"master-{self.weights}"
         merged = folder / "master.gguf"
         if not merged.is_file():
-            began = time.monotonic()
 
-            def watch(line: str) -> None:
-                if line.startswith("{"):
-                    at = json.loads(line)
-                    self._progress(f"training a master, {len(nodes)} nodes", at["step"], at["of"])
+            def train(progress: Progress) -> None:
+                def watch(line: str) -> None:
+                    if line.startswith("{"):
+                        at = json.loads(line)
+                        progress(f"training a master, {len(nodes)} nodes", at["step"], at["of"])
 
-            await asyncio.to_thread(tune.main, self._base, examples, {}, vocabulary, recipe, folder, watch, start)
-            (folder / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}\n")
+                tune.main(self._base, examples, {}, vocabulary, recipe, folder, watch, self._start)
+
+            await _apart(train, self._progress)
             bundles.merge(bundles.read(str(folder)), self._base, merged)
         self._master = await _load(merged, nodes, self._threads)
 
@@ -106,7 +117,7 @@ class RowsOnly(Served):
         self._base, self._digest, self._folder, self._threads, self._progress, self._most = base, digest, folder, threads, progress, most
 
     async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
-        """States of the examples (kept in the folder as they come), rows and temperature on a tenth of them, a merged file."""
+        """States of the examples (kept in the folder), rows and temperature on a tenth of them, a merged file."""
         if len(examples) > self._most:
             examples = [examples[i * len(examples) // self._most] for i in range(self._most)]
             self.name = f"lmgraph rows only ({self._most:,} examples)"
@@ -114,20 +125,37 @@ class RowsOnly(Served):
         queries = [e.query for e in examples]
         key = hashlib.sha256(json.dumps([self._digest, QUERY_LIMIT, list(nodes), queries]).encode()).hexdigest()[:12]
         folder = self._folder / f"rows-{key}"
-        merged = folder / "rows.gguf"
+        merged = folder / f"rows-{hashlib.sha256(json.dumps([e.node for e in examples]).encode()).hexdigest()[:12]}.gguf"
         if not merged.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             found = await states_of(
                 self._base, None, vocabulary, queries, QUERY_LIMIT, self._threads, folder / "states.npy", self._progress
             )
             labels = heads.index([e.node for e in examples], vocabulary.nodes)
-            aside = [i % 10 == 9 for i in range(len(examples))]
-            inside = [not out for out in aside]
-            fitted = heads.fit_all(found[inside], labels[inside], len(nodes), found[aside], labels[aside])
+            aside = np.arange(len(examples)) % 10 == 9
+            if not aside.any():  # fewer than ten: the penalty is chosen on what it was fitted on
+                fitted = heads.fit_all(found, labels, len(nodes), found, labels)
+            else:
+                fitted = heads.fit_all(found[~aside], labels[~aside], len(nodes), found[aside], labels[aside])
             rows = heads.fit(found, labels, len(nodes), fitted.penalty)
             heads.rows_bundle(folder, vocabulary, replace(fitted, rows=rows), found.shape[1])
             bundles.merge(bundles.read(str(folder)), self._base, merged)
         self._master = await _load(merged, nodes, self._threads)
+
+
+async def _apart(work: Callable[[Progress], Made], progress: Progress) -> Made:
+    """`work` in a thread of its own. Where the caller is cancelled (Ctrl-C), the next progress that it shows ends it."""
+    left = threading.Event()
+
+    def watch(task: str, done: int, total: int) -> None:
+        if left.is_set():
+            raise asyncio.CancelledError
+        progress(task, done, total)
+
+    try:
+        return await asyncio.to_thread(work, watch)
+    finally:
+        left.set()
 
 
 def _vocabulary(base: Path, digest: str, nodes: Mapping[str, str]) -> Vocabulary:
@@ -158,18 +186,13 @@ async def states_of(
 ) -> np.ndarray:
     """Hidden states (N, D) of queries under base weights and, where one is named, a bundle's adapter; kept in a file for the next time.
 
-    By torch where it is installed and fast here, else by llama.cpp, which needs merged weights for an adapter. Ctrl-C ends either
-    within seconds; what llama.cpp has read by then stays in the file.
+    By torch where it is installed and fast here (kept when all are there), else by llama.cpp (kept as they come), which needs merged
+    weights for an adapter.
     """
-    stopped = False
-
-    def watch(done: int, total: int) -> None:
-        progress("hidden states", done, total)
-        if stopped:  # a thread cannot be ended from outside, and the program would wait for it
-            raise asyncio.CancelledError
-
-    if (kept := _kept(keep)) is not None and len(kept) == len(queries):
-        return kept
+    with suppress(FileNotFoundError, ValueError, EOFError):  # a damaged file is made anew
+        found = np.load(keep)
+        if found.ndim == 2 and len(found) == len(queries) and not np.isnan(found).any():
+            return np.asarray(found)
     try:
         from lmgraph.train import model
     except MissingExtra:
@@ -178,10 +201,11 @@ async def states_of(
         fast = model.fast_bf16()
     if fast:
         tensors = None if adapter is None else bundles.read_tensors(adapter)
-        try:
-            found = await asyncio.to_thread(model.states, weights, tensors, vocabulary, queries, limit, watch)
-        finally:
-            stopped = True
+
+        def compute(show: Progress) -> np.ndarray:
+            return model.states(weights, tensors, vocabulary, queries, limit, lambda done, total: show("hidden states", done, total))
+
+        found = await _apart(compute, progress)
         with atomic(keep) as part, part.open("wb") as file:
             np.save(file, found)
         return found
@@ -190,18 +214,9 @@ async def states_of(
     try:
         engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
         try:
-            return await heads.states(engine, vocabulary, queries, limit, watch, keep)
+            return await heads.states(engine, vocabulary, queries, limit, lambda done, total: progress("hidden states", done, total), keep)
         finally:
             await engine.close()
     finally:
         if adapter is not None:
             weights.unlink()
-
-
-def _kept(path: Path) -> np.ndarray | None:
-    """The states in a file, None where there are none, or not all of them, or it is damaged."""
-    try:
-        found = np.load(path)
-    except (OSError, ValueError, EOFError):
-        return None
-    return None if np.isnan(found).any() else np.asarray(found)

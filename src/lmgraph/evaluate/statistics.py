@@ -98,7 +98,10 @@ def difference(one: Sequence[float], other: Sequence[float], seed: int = 0) -> t
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, value) that none beats in both, cheapest first: no other costs no more and is worth more."""
+    """Indices of the points (cost, value) that no other beats, cheapest first.
+
+    One beats another when it costs no more and is worth more, or costs less and is worth as much; of equal points the first stays.
+    """
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[i][1] > points[front[-1]][1]:

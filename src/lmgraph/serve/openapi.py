@@ -282,7 +282,7 @@ def _replies() -> dict[str, Schema]:
         "Error": _object(error=told),
         "ChatCompletion": answer,
         "Response": response,
-        "Decision": _object(**decision),
+        "Decision": _object({"scope": NUMBER}, **decision),
         "DecisionList": _listed(_ref("Decision")),
         "Models": _listed(model),
         "GraphAnswer": _object(object={"const": "graph"}, version={"type": "string", "pattern": "^[0-9a-f]{12}$"}, **shown),

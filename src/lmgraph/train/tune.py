@@ -14,6 +14,7 @@ import math
 import os
 import random
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lmgraph.bundles import read_tensors, read_vocabulary, write_tensors, write_vocabulary
+from lmgraph.bundles import read, read_tensors, write_tensors, write_vocabulary
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
@@ -147,7 +148,9 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None
     torch.manual_seed(recipe.seed)
     trunk, embeddings, encode_text = load_base(base)
     lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(LINEAR))
-    peft = get_peft_model(trunk, lora)
+    with warnings.catch_warnings():  # peft's own use of transformers, nothing that a user could change
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        peft = get_peft_model(trunk, lora)
     half = recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16())
     master = Master(peft.base_model.model, embeddings, vocabulary.size + 1, half=half)
     with torch.no_grad():
@@ -161,8 +164,8 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None
 
 def _start_from(master: Master, start: Path, vocabulary: Vocabulary, recipe: Recipe) -> None:
     """Copy a bundle's tensors into a master (the reverse of `save`). Of the rows, those of nodes that both name by the same token."""
-    tensors = read_tensors(start / "weights.safetensors")
-    known = read_vocabulary(start / "vocabulary.json")[0].nodes
+    bundle = read(str(start.resolve()))
+    tensors, known = read_tensors(bundle.weights), bundle.vocabulary.nodes
     shared = [token for name, token in vocabulary.nodes.items() if known.get(name) == token]
     for name, parameter in trained(master).items():
         key, scale = _bundle_name(name), 1.0
