@@ -480,6 +480,7 @@ def test_a_cascade_goes_on_only_where_the_first_answer_is_not_credible() -> None
     table = said([*easy, *hard], ["A"] * 500, categories=["easy"] * 250 + ["hard"] * 250).rows(rng.permutation(500))
     found = played(policies.Scored("cascade", Competence(), 3, sure=0.8), table, 400)
     asked = (found.workers != NOBODY).sum(axis=1)
+    assert all(NOBODY not in row[:n] for row, n in zip(found.workers.tolist(), asked)), "who has asked enough asks nobody later"
     assert {int(n) for n, category in zip(asked, table.categories[400:]) if category == "easy"} == {1}
     assert np.mean([n for n, category in zip(asked, table.categories[400:]) if category == "hard"]) > 2
 
