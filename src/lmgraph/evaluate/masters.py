@@ -57,7 +57,7 @@ class Served:
             self.weights = digest_of(self._master.engine.path)
 
     async def decide(self, query: str) -> Verdict:
-        """The chosen node and its probability."""
+        """The chosen node and how far the query belongs to any node (`Decision.scope`)."""
         assert self._master is not None
         made = await self._master.decide(query, rewriting=False, scoped=True)
         return Verdict(made.chosen, made.scope or 0.0)
