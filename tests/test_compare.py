@@ -129,7 +129,8 @@ def test_a_few_examples_are_enough_to_begin_and_a_node_without_any_is_never_chos
     assert [v.node for v in judged(learner(), ["the judge", "some algebra"], few)] == ["law", "math"]
 
 
-def test_names_tell_all_contestants_apart(embedder: Embedder) -> None:
+def test_names_tell_all_contestants_apart() -> None:
+    embedder = Corners()
     made = [contestants.Majority(), contestants.Random(), contestants.TfIdf(), contestants.EmbeddingRegression(embedder),
             contestants.EmbeddingNeighbours(embedder), contestants.SemanticRouter(embedder), contestants.SemanticRouter(embedder, "max")]
     assert len({c.name for c in made}) == len(made)
@@ -249,6 +250,27 @@ def test_a_name_is_as_probable_as_the_forks_on_its_way(wavering: Path) -> None:
     asyncio.run(work())
 
 
+def test_the_probability_of_a_name_behind_two_forks_is_the_product(wavering: Path) -> None:
+    nodes = {name: "letters" for name in ("aa", "ab", "ba", "bb")}
+
+    async def work() -> None:
+        engine = await Engine.open(wavering, context=1024, slots=1, threads=1)
+        reader = listing.Listing("toy", engine)
+        await reader.fit([], nodes)
+        verdict = await reader.decide("why?")
+        prompt = await engine.render([("system", listing.QUESTION + "\n".join(f"- {n}: letters" for n in nodes)), ("user", "why?")])
+        letters = {(await engine.tokenise(letter))[0]: letter for letter in "ab"}
+        name, product = "", 1.0
+        for _ in range(2):
+            async with await engine.session() as session:
+                choice = await session.choose([*prompt, *await engine.tokenise(name)], list(letters))
+            name, product = name + letters[choice.probabilities[0][0]], product * choice.probabilities[0][1]
+        await reader.close()
+        assert verdict == Verdict(name, pytest.approx(product, abs=0.01)) and product < choice.probabilities[0][1] - 0.02
+
+    asyncio.run(work())
+
+
 def test_a_list_of_one_needs_no_choice(listed: Callable[..., list[Verdict]]) -> None:
     assert listed(["anything"], {"all": "everything"}) == [Verdict("all", 1.0)]
 
@@ -297,7 +319,7 @@ def test_a_graphs_master_decides_as_it_serves_and_is_known_by_its_weights(toy_ma
         assert served.weights == assets.digest_of(toy_master)
         for query in ("court", "sum integral", "fever"):
             decision = await master.decide(query, rewriting=False, scoped=True)
-            assert await served.decide(query) == Verdict(decision.chosen, pytest.approx(decision.scope, abs=1e-2))
+            assert await served.decide(query) == Verdict(decision.chosen, pytest.approx(decision.scope, abs=0.05))
         await served.close()
 
     asyncio.run(work())
@@ -334,7 +356,7 @@ def test_of_many_examples_rows_take_some_evenly_and_their_name_says_so(toy_base:
 def test_fewer_than_ten_examples_are_enough_for_rows(toy_base: Path, tmp_path: Path) -> None:
     few = [e for name in WORDS for e in [x for x in LEARNT if x.node == name][:3]]
     found = judged(rows_only(toy_base, tmp_path), [e.query for e in few], few, TOY)
-    assert [v.node for v in found] == [e.node for e in few] and len({v.score for v in found}) > 1
+    assert [v.node for v in found] == [e.node for e in few]
 
 
 def test_damaged_states_are_computed_again(toy_base: Path, tmp_path: Path) -> None:
@@ -485,13 +507,16 @@ def test_a_second_run_decides_nothing_again_and_keeps_the_times_of_the_first(tmp
     file = tmp_path / "verdicts.jsonl"
     with open_journal(file, Decided) as journal:
         first = contend(Scripted(), journal)
+    (learning, *decisions) = file.read_text().splitlines()
+    assert json.loads(learning)["ms"] == pytest.approx(first.fit_s * 1000) and json.loads(learning)["of"] == {"contestant": "scripted", "learnt": 36}
+    file.write_text("\n".join([json.dumps(json.loads(learning) | {"ms": 5000.0}), *decisions]) + "\n")
     kept = file.read_bytes()
     with open_journal(file, Decided) as journal:
         again = Scripted("math")  # would decide otherwise, were it asked
         second = contend(again, journal)
     assert again.asked == [] and again.closed == 1 and file.read_bytes() == kept
     assert (second.verdicts, second.outside, second.ms) == (first.verdicts, first.outside, first.ms)
-    assert second.fit_s == pytest.approx(first.fit_s, abs=1e-5)
+    assert second.fit_s == 5.0
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -700,7 +725,8 @@ def test_another_master_is_asked_anew(lmgraph: Command, mine: None, toy_bundle: 
 
 def test_queries_are_chosen_by_style_sample_and_what_training_kept_aside(lmgraph: Command, mine: None) -> None:
     command = ("evaluate", "compare", "test.jsonl", "--data", "train.jsonl", "--contestant", "majority", "--contestant", "majority", "--json")
-    assert lmgraph(*command, "--style", "exam").data["queries"] == 18
+    found = lmgraph(*command, "--style", "exam")
+    assert found.data["queries"] == 18 and found.err.count("majority ...") == 1, "named twice, asked once"
     assert lmgraph(*command, "--sample", "5").data["contestants"]["majority"]["n"] == 5
     found = lmgraph(*command, "--style", "poem", "--kept")
     assert found.code == 2 and "No queries are left after --style and --kept." in found.err and "Styles in FILES: (none), exam" in found.err
