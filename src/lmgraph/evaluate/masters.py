@@ -57,7 +57,7 @@ class Served:
             self.weights = digest_of(self._master.engine.path)
 
     async def decide(self, query: str) -> Verdict:
-        """The chosen node and how far the query belongs to any node (`Decision.scope`)."""
+        """The chosen node and how far the query belongs to a node at all (`Decision.scope`)."""
         assert self._master is not None
         made = await self._master.decide(query, rewriting=False, scoped=True)
         return Verdict(made.chosen, made.scope or 0.0)
@@ -211,8 +211,12 @@ async def states_of(
         return found
     if adapter is not None:
         weights = bundles.merge(bundles.read(str(adapter.parent)), weights, keep.with_suffix(".gguf"))
-    engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
     try:
-        return await heads.states(engine, vocabulary, queries, limit, lambda done, total: progress("hidden states", done, total), keep)
+        engine = await Engine.open(weights, context=CONTEXT, slots=2, threads=threads, states=True)
+        try:
+            return await heads.states(engine, vocabulary, queries, limit, lambda done, total: progress("hidden states", done, total), keep)
+        finally:
+            await engine.close()
     finally:
-        await engine.close()
+        if adapter is not None:
+            weights.unlink()
