@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
-    "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "quickjson", "settings",
+    "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "quickjson", "settings", "abreast",
     "assets", "bundles", "graphedit", "engine", "workers.base", "workers.scripted", "workers.embedded",
     "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmgraph import execute, voting
+from lmgraph.abreast import abreast
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, QueryError, RequestError, UserError, WorkerError
 from lmgraph.files import Quiet, Watcher, master_file, model_file, read_graph, with_profile
@@ -177,19 +178,11 @@ class Runtime:
     async def decide_all(self, queries: Sequence[str], *, at_once: int = 8) -> list[Decision]:
         """Decisions in the order of the queries, `at_once` at a time. The first failure ends all."""
         made: dict[int, Decision] = {}
-        todo = iter(range(len(queries)))
 
-        async def work() -> None:
-            for i in todo:  # one iterator for all: as many at a time as there are workers of it
-                made[i] = await self.decide(queries[i])
+        async def work(i: int) -> None:
+            made[i] = await self.decide(queries[i])
 
-        tasks = [asyncio.create_task(work()) for _ in range(min(at_once, len(queries)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await abreast(work, range(len(queries)), at_once)
         return [made[i] for i in range(len(queries))]
 
     async def worker(self, node: Node) -> Worker:

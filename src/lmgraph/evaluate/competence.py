@@ -7,6 +7,7 @@ matter. Several policies may share one competence: what they learn from the same
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -87,8 +88,7 @@ class Rows(Competence):
         x, right = self._inputs(view)[whole], table.right[whole]
         easy = right.mean(axis=1, keepdims=True)
         # how hard a question is and who does better on it than others take penalties of their own: one for both would be the first's
-        (rows, base), (more, above) = _ridge(x, easy), _ridge(x, right - easy)
-        self._rows, self._base = rows + more, base + above
+        self._rows, self._base = _ridge(x, (easy, right - easy))
 
     def _inputs(self, view: View) -> Array:
         scaled = (view.features - self._mean) / np.where(self._spread > 0, self._spread, 1) / np.sqrt(max(1, view.features.shape[1]))
@@ -98,20 +98,25 @@ class Rows(Competence):
         return np.hstack([scaled, CATEGORY * each[[self._names.get(name, NOBODY) for name in view.categories]]])
 
 
-def _ridge(x: Array, y: Array) -> tuple[Array, Array]:
-    """(rows (D, M), base (M,)) so that x @ rows + base comes near y, with the best of PENALTIES."""
-    middle, base = x.mean(axis=0), y.mean(axis=0)
+def _ridge(x: Array, targets: Sequence[Array]) -> tuple[Array, Array]:
+    """(rows (D, M), base (M,)) so that x @ rows + base comes near the sum of `targets` (each (N, M) or (N, 1)).
+
+    Each target has a penalty of its own, the best of PENALTIES for it.
+    """
+    middle = x.mean(axis=0)
     values, vectors = np.linalg.eigh((x - middle).T @ (x - middle))
     turned = (x - middle) @ vectors
-    right = turned.T @ (y - base)
-    found = []
-    for penalty in PENALTIES:
-        shrink = 1 / (values.clip(0) + penalty)
-        missed = y - base - turned @ (right * shrink[:, None])
-        own = 1 / len(x) + turned**2 @ shrink  # how much a question's own outcome counts in what is said of it
-        found.append((float(((missed / (1 - own)[:, None]) ** 2).sum()), vectors @ (right * shrink[:, None])))
-    rows = min(found, key=lambda item: item[0])[1]
-    return rows, base - middle @ rows
+    shrinks = [1 / (values.clip(0) + penalty) for penalty in PENALTIES]
+    owns = [1 / len(x) + turned**2 @ shrink for shrink in shrinks]  # how much a question's own outcome counts in what is said of it
+    rows, base = np.zeros((x.shape[1], 1)), np.zeros(1)
+    for y in targets:
+        mean = y.mean(axis=0)
+        right = turned.T @ (y - mean)
+        made = [right * shrink[:, None] for shrink in shrinks]
+        errors = [float((((y - mean - turned @ m) / (1 - own)[:, None]) ** 2).sum()) for m, own in zip(made, owns, strict=True)]
+        found = vectors @ made[int(np.argmin(errors))]
+        rows, base = rows + found, base + mean - middle @ found
+    return rows, base
 
 
 def _probabilities(values: Array) -> Array:

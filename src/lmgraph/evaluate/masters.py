@@ -71,7 +71,7 @@ class Served:
 class Few(Served):
     """A master trained on the examples that it is given: rows from the nodes' names, LoRA from the bundle `start` (None: from nothing).
 
-    What was trained is found again by examples, nodes, recipe and the name of `start`.
+    What was trained is found again by examples, nodes, recipe and the digest of `start`.
     """
 
     def __init__(self, base: Path, digest: str, start: Path | None, folder: Path, threads: int, progress: Progress) -> None:
@@ -88,7 +88,7 @@ class Few(Served):
         epochs = float(min(max(round(PASSES * len(nodes) / len(examples)), EPOCHS[0]), EPOCHS[1]))
         recipe = replace(tune.Recipe(), threads=self._threads, epochs=epochs, **FEW)
         vocabulary = _vocabulary(self._base, self._digest, nodes)
-        begins = self._start.name if self._start else ""
+        begins = bundles.read(str(self._start)).digest if self._start else ""
         key = [begins, vocabulary.to_json(), asdict(recipe), [(e.query, e.node) for e in examples]]
         self.weights = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
         folder = self._folder / f"master-{self.weights}"

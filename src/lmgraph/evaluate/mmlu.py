@@ -7,12 +7,11 @@ score (marks.py does).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lmgraph.errors import SettingsError
+from lmgraph.abreast import abreast
 from lmgraph.evaluate.asking import Asker, Reply
 from lmgraph.evaluate.journal import Finding, Journal, key_of
 from lmgraph.evaluate.mmludata import Question, prompt
@@ -118,7 +117,7 @@ async def route(
         done, right = done + 1, right + (made.chosen == question.node)
         progress("routing", len(questions) - len(todo) + done, len(questions), f"{right / done:.1%} right")
 
-    await _all(work, list(todo.items()), concurrency)
+    await abreast(work, list(todo.items()), concurrency)
     return [_there(journal, k) for k in keys]
 
 
@@ -188,28 +187,9 @@ async def _answer(
         progress(f"asking {candidate.name}", len(cells) - len(todo) + done, len(cells), f"{right / done:.1%} right")
 
     try:
-        await _all(work, list(todo.items()), concurrency)
+        await abreast(work, list(todo.items()), concurrency)
     finally:
         await worker.close()
-
-
-async def _all(work: Callable[[Item], Awaitable[None]], items: Sequence[Item], concurrency: int) -> None:
-    """Do all items in their order, `concurrency` at a time; the first exception cancels the others and propagates."""
-    if concurrency < 1:
-        raise SettingsError(f"concurrency is {concurrency}, expected at least 1.")
-    todo = iter(items)
-
-    async def take() -> None:
-        for item in todo:  # one iterator for all: each item is taken once
-            await work(item)
-
-    tasks = [asyncio.create_task(take()) for _ in range(min(concurrency, len(items)))]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _there(journal: Journal[Finding], key: str) -> Finding:

@@ -6,7 +6,6 @@ plain data, `report` says how to show it. Shares are between 0 and 1, intervals 
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lmgraph.errors import DataError, SettingsError
+from lmgraph.abreast import abreast
+from lmgraph.errors import DataError
 from lmgraph.evaluate import pictures
 from lmgraph.evaluate.report import Cells, Picture, Report, Section, interval, percent
 from lmgraph.evaluate.statistics import RESAMPLES, calibration, ratio, share, spread
@@ -45,27 +45,18 @@ async def run(decide: Decide, examples: Sequence[Example], *, concurrency: int, 
     `progress(done, total)` is called after each. The first exception of `decide` cancels what still runs, starts nothing more
     and propagates as it is; so does a cancellation from outside. Raises SettingsError for a concurrency below 1.
     """
-    if concurrency < 1:
-        raise SettingsError(f"concurrency is {concurrency}, expected at least 1.")
     rows: list[Row | None] = [None] * len(examples)
-    todo = iter(enumerate(examples))
     done = 0
 
-    async def work() -> None:
+    async def work(index: int) -> None:
         nonlocal done
-        for index, example in todo:  # one iterator for all: each example is taken once, none waits in a queue
-            rows[index] = Row(example.node, example.lang, example.style, await decide(example.query))
-            done += 1
-            if progress:
-                progress(done, len(examples))
+        example = examples[index]
+        rows[index] = Row(example.node, example.lang, example.style, await decide(example.query))
+        done += 1
+        if progress:
+            progress(done, len(examples))
 
-    tasks = [asyncio.create_task(work()) for _ in range(min(concurrency, len(examples)))]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    await abreast(work, range(len(examples)), concurrency)
     return [row for row in rows if row is not None]
 
 
