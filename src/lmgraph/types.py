@@ -172,6 +172,7 @@ class Trace:
                     "attempts": s.attempts,
                     "error": s.error,
                     "usage": dict(s.usage),
+                    **({"voter": True} if s.voter else {}),
                 }
                 for s in self.steps
             ],
