@@ -104,13 +104,11 @@ class Vote(Route):
 class Scored(Vote):
     """A vote whose weights are learnt: who said it, who said otherwise, and (with `read`) what the answer looks like.
 
-    Who is asked is up to `competence`; the weights also know what `others` say of those who are asked. `sure` below 1 makes it a cascade:
-    nobody more is asked once an answer is credible enough.
+    `sure` below 1 makes it a cascade: nobody more is asked once an answer is credible enough.
     """
 
-    def __init__(self, name: str, competence: Competence, most: int, *others: Competence, sure: float = 1.0, read: bool = False) -> None:
+    def __init__(self, name: str, competence: Competence, most: int, *, sure: float = 1.0, read: bool = False) -> None:
         super().__init__(name, competence, most)
-        self._by = (competence, *others)
         self._sure = sure
         self._scorer = Scorer(read)
 
@@ -120,30 +118,25 @@ class Scored(Vote):
             raise MissingExtra(f"The policy {self.name!r}", "compare")
         super().fit(table, view)
         self.most = min(self.most, len(table.models))
-        for other in self._by:
-            other.fit(table, view)
         judged = self._competence.judged()
         order = np.argsort(-judged, axis=1, kind="stable")[:, : self.most]
         letters = np.take_along_axis(np.array(table.letters), order, axis=1)
         told = np.flatnonzero(~np.isnan(np.take_along_axis(table.right, order, axis=1)).any(axis=1))  # else silence and a gap look alike
         fewest = 1 if self._sure < 1 else self.most
-        able = [other.judged()[told] for other in self._by]
-        self._scorer.fit(view.rows(told), order[told], letters[told], able, np.array(table.truth)[told], fewest)
+        self._scorer.fit(view.rows(told), order[told], letters[told], judged[told], np.array(table.truth)[told], fewest)
 
     def ask(self, view: View, asked: Asked) -> Array:
         """The next most competent where no answer is credible enough yet."""
         following = super().ask(view, asked)
         if self._sure < 1 and asked.workers.shape[1] and (following != NOBODY).any():
-            sure = self._credible(view, asked).max(axis=1) >= self._sure
+            sure = self._scorer.of(view, asked.workers, asked.letters, self._competence.of(view)).max(axis=1) >= self._sure
             following = np.where(sure | (asked.workers[:, -1] == NOBODY), NOBODY, following)
         return following
 
     def give(self, view: View, asked: Asked) -> Array:
         """The first who said the most credible letter; the first of all where nobody said one."""
-        return np.asarray(self._credible(view, asked).argmax(axis=1))
-
-    def _credible(self, view: View, asked: Asked) -> Array:
-        return self._scorer.of(view, asked.workers, asked.letters, [other.of(view) for other in self._by])
+        credible = self._scorer.of(view, asked.workers, asked.letters, self._competence.of(view))
+        return np.asarray(credible.argmax(axis=1))
 
 
 class Scorer:
@@ -157,23 +150,20 @@ class Scorer:
     def __init__(self, read: bool) -> None:
         self._read = read
 
-    def fit(self, view: View, workers: Array, letters: Array, able: Sequence[Array], truth: Array, fewest: int) -> None:
-        """Learn from what (Q, K) workers said; the first `fewest` to K of them, so that it can be asked at any time from there on.
-
-        `able`: competences (Q, M) from one or more points of view.
-        """
+    def fit(self, view: View, workers: Array, letters: Array, competence: Array, truth: Array, fewest: int) -> None:
+        """Learn from what (Q, K) workers said; the first `fewest` to K of them, so that it can be asked at any time from there on."""
         from sklearn.ensemble import HistGradientBoostingClassifier
 
-        self._categories = {name: i for i, name in enumerate(sorted(set(view.categories)))}
-        rows, labels, speaking = [], [], 0
+        rows, labels = [], []
         for k in range(fewest, workers.shape[1] + 1):
-            features, said, speaking = self._features(view, workers[:, :k], letters[:, :k], able)
+            features, said = self._features(view, workers[:, :k], letters[:, :k], competence)
             rows.append(features[said])
             labels.append((letters[:, :k] == truth[:, None])[said])
         right = np.concatenate(labels)
         self._share = float(right.mean()) if len(right) else 0.0
         self._model = None
         if 0 < self._share < 1:  # else there is nothing to tell apart
+            speaking = competence.shape[1] + 4
             self._model = HistGradientBoostingClassifier(
                 max_iter=120, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=40, l2_regularization=5.0, max_features=0.5,
                 monotonic_cst=[1] * speaking + [0] * (rows[0].shape[1] - speaking), random_state=0,
@@ -181,46 +171,45 @@ class Scorer:
             with _alone():
                 self._model.fit(np.concatenate(rows), right)
 
-    def of(self, view: View, workers: Array, letters: Array, able: Sequence[Array]) -> Array:
+    def of(self, view: View, workers: Array, letters: Array, competence: Array) -> Array:
         """(Q, K) probability of each worker's answer, the same for the same letter; -1 where it gave none."""
-        features, said, _ = self._features(view, workers, letters, able)
+        features, said = self._features(view, workers, letters, competence)
         out = np.where(said, self._share, -1.0)
         if self._model is not None and said.any():
             with _alone():
                 out[said] = self._model.predict_proba(features[said])[:, 1]
         return out
 
-    def _features(self, view: View, workers: Array, letters: Array, able: Sequence[Array]) -> tuple[Array, Array, int]:
-        """((Q, K, F) numbers about each worker's answer, (Q, K) whether it gave a letter, how many of F can only speak for an answer)."""
+    def _features(self, view: View, workers: Array, letters: Array, competence: Array) -> tuple[Array, Array]:
+        """((Q, K, F) numbers about each worker's answer, (Q, K) whether it gave a letter). The first M + 4 can only speak for an answer."""
         asked, said = workers >= 0, letters != ""
+        own = np.take_along_axis(competence, workers.clip(0), axis=1)
         others = np.where(view.options > 1, view.options, vote.UNKNOWN_OPTIONS)[:, None] - 1
+        weight = np.where(said, np.maximum(np.log(own * others / (1 - own)), vote.LEAST), 0.0)
         same = (letters[:, :, None] == letters[:, None, :]) & said[:, None, :]  # (Q, K answers, K voters): says the same
-        speaks_for, about = [], []
-        for competence in able:
-            own = np.take_along_axis(competence, workers.clip(0), axis=1)
-            weight = np.where(said, np.maximum(np.log(own * others / (1 - own)), vote.LEAST), 0.0)
-            behind = (same * weight[:, None, :]).sum(axis=2)
-            rival = np.where(same, 0.0, behind[:, None, :]).max(axis=2)
-            best = np.where(same, own[:, None, :], 0.0).max(axis=2)  # the most competent who says so
-            speaks_for += [behind, behind - rival, best, (same * own[:, None, :]).sum(axis=2)]
-            about += [rival, behind / np.maximum(weight.sum(axis=1), vote.LEAST)[:, None]]
-        voices = np.where(said, same.sum(axis=2), 0)
-        speaks_for.append(voices)
+        behind = (same * weight[:, None, :]).sum(axis=2)
+        rival = np.where(same, 0.0, behind[:, None, :]).max(axis=2)
+        speaks_for = (
+            behind,
+            behind - rival,
+            np.where(same, own[:, None, :], 0.0).max(axis=2),  # the most competent who says so
+            same.sum(axis=2),
+        )
         place = np.array([[LETTERS.find(letter[:1]) for letter in row] for row in letters], dtype=int).reshape(letters.shape)
-        different = [len({*row} - {""}) for row in letters.tolist()]
-        category = [self._categories.get(name, NOBODY) for name in view.categories]
-        about += [
-            np.where(same, 0, voices[:, None, :]).max(axis=2),
-            *(_each(np.asarray(values), letters) for values in (voices.max(axis=1), different, category, view.options)),
-            *(_each(values.sum(axis=1), letters) for values in (asked & ~said, asked)),
+        about = (
+            rival,
+            behind / np.maximum(weight.sum(axis=1), vote.LEAST)[:, None],
+            _each((asked & ~said).sum(axis=1), letters),
+            _each(asked.sum(axis=1), letters),
+            _each(view.options, letters),
             place,
-        ]
-        parts = [_stand(workers, said, same, able[0].shape[1]), np.stack(speaks_for, axis=2), np.stack(about, axis=2)]
+        )
+        parts = [_stand(workers, said, same, competence.shape[1]), np.stack(speaks_for, axis=2), np.stack(about, axis=2)]
         told = view.facts if self._read else view.facts[:, : len(facts.FACTS)]
         parts.append(np.repeat(told[:, None], letters.shape[1], axis=1))
         if self._read:
             parts.append(np.take_along_axis(view.looks, place.clip(0)[:, :, None], axis=1))
-        return np.concatenate(parts, axis=2), said, parts[0].shape[2] + len(speaks_for)
+        return np.concatenate(parts, axis=2), said
 
 
 def _stand(workers: Array, said: Array, same: Array, models: int) -> Array:
@@ -279,14 +268,13 @@ def usual(table: Table, view: View, sizes: Sequence[int], sure: float) -> tuple[
     if not (learnt := installed()):
         missing = MissingExtra("A learnt vote", "compare")
         left_out["learnt votes, cascade"] = f"{missing.message} {missing.hint}"
-    others = () if able is by_category else (by_category,)
     options = ((False, ""), (True, ", options read"))[: 1 + bool(np.isfinite(view.looks).any())]
     for k in counts:
         made.append(Vote(f"vote of {k}, category", by_category, k))
         if able is not by_category:
             made.append(Vote(f"vote of {k}", able, k))
-        made += [Scored(f"learnt vote of {k}{added}", able, k, *others, read=read) for read, added in options if learnt]
+        made += [Scored(f"learnt vote of {k}{added}", able, k, read=read) for read, added in options if learnt]
     if learnt:
         read, added = options[-1]
-        made.append(Scored(f"cascade of at most {counts[-1]}{added}", able, counts[-1], *others, sure=sure, read=read))
+        made.append(Scored(f"cascade of at most {counts[-1]}{added}", able, counts[-1], sure=sure, read=read))
     return made, left_out
