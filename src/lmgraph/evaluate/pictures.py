@@ -110,14 +110,16 @@ def _annotate(axes: Any, points: Sequence[tuple[float, float, str]], line: Seque
     from matplotlib.transforms import Bbox
 
     figure = axes.figure
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    canvas: Any = FigureCanvasAgg(figure)  # untyped
+    renderer = canvas.get_renderer()
     figure.draw_without_rendering()  # only now the axes lie where they will
     pixel, dot = axes.transData.transform, figure.dpi / 72
 
     def around(x: float, y: float, size: float) -> Any:
         return Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size)
 
-    taken = [around(*pixel((x, y)), 5 * dot) for x, y, _ in points]
+    spots = [pixel((x, y)) for x, y, _ in points]
+    taken = [around(spot[0], spot[1], 5 * dot) for spot in spots]
     corners = [pixel(corner) for corner in line]
     for (x0, y0), (x1, y1) in pairwise(corners):
         steps = max(1, round(max(abs(x1 - x0), abs(y1 - y0)) / (6 * dot)))
