@@ -42,6 +42,13 @@ def train() -> None:
 @train.command()
 @DATA
 @CHECK
+@click.option(
+    "--tasks",
+    "walks",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="JSON Lines with query and steps (node, needs, rewrite): teaches walks of several steps (repeat); a fifth is kept aside",
+)
 @OUT
 @BASE
 @GRAPH
@@ -84,6 +91,7 @@ def train() -> None:
 def tune(
     files: tuple[Path, ...],
     checks: tuple[Path, ...],
+    walks: tuple[Path, ...],
     out: Path,
     base: str,
     path: Path | None,
@@ -100,7 +108,7 @@ def tune(
     """
     from lmgraph.cli.show import Bars
     from lmgraph.train import examples as data
-    from lmgraph.train import heads
+    from lmgraph.train import heads, tasks
 
     using = settings()
     given, vocabulary, base_file = _ground(path, base, size)
@@ -111,7 +119,10 @@ def tune(
     if rewrite_share < 1:
         training = [e if data.held_out(e, 10 + round(90 * rewrite_share)) else replace(e, rewrite="") for e in training]
     _enough(training, kept)
-    validation = {"kept": kept, **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
+    validation: dict[str, Any] = {"kept": kept, **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
+    walking, validation["tasks"] = data.split(tasks.load(walks), tasks.KEPT) if walks else ([], [])
+    if not validation["tasks"]:
+        del validation["tasks"]
     try:
         from lmgraph.train import tune as tuning
     except ImportError as error:
@@ -128,7 +139,7 @@ def tune(
     recipe = replace(recipe, **given_options)
     click.echo(f"{len(training)} examples, {len(kept)} kept aside, {len(given.nodes)} nodes, base {base_file.name}", err=True)
     metrics = tuning.main(
-        base_file, training, validation, vocabulary, recipe, out, log=lambda line: click.echo(line, err=True), start=start
+        base_file, training, validation, vocabulary, recipe, out, log=lambda line: click.echo(line, err=True), start=start, walks=walking
     )
     with Bars() as bars:
         calibration = asyncio.run(

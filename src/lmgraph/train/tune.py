@@ -26,6 +26,7 @@ from lmgraph.bundles import read, read_tensors, write_tensors, write_vocabulary
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
+from lmgraph.train import tasks
 from lmgraph.train.model import LINEAR, Master, fast_bf16, load_base
 from lmgraph.train.plot import plot
 
@@ -102,39 +103,58 @@ def loss_of(master: Master, rows: Sequence[data.Encoded], vocabulary: Vocabulary
     """(loss, choice loss, rewrite loss) of a batch; choice over the whole vocabulary, smoothed over the graph's nodes."""
     ids, mask = _pad(rows, 0)
     states = master.states(ids, mask)
-    first = torch.tensor([row.start for row in rows])
-    each = torch.arange(len(rows))
-    logits = F.log_softmax(master.scores(states[each, first - 1]), dim=-1)
-    target = ids[each, first]
+    each, where = _places(rows)
+    logits = F.log_softmax(master.scores(states[each, where - 1]), dim=-1)
+    target = ids[each, where]
     known = torch.tensor([vocabulary.first_id + token for token in vocabulary.nodes.values()])
     eps = recipe.smoothing
-    choice = -((1 - eps) * logits[each, target] + eps * logits[:, known].mean(-1)).mean()
-    after = mask.bool() & (torch.arange(ids.shape[1]) > first.unsqueeze(1))
+    choice = -((1 - eps) * logits[torch.arange(len(target)), target] + eps * logits[:, known].mean(-1)).mean()
     rewrite = torch.zeros(())
-    if after.any():
-        where = after.nonzero()
-        rewrite = F.cross_entropy(master.scores(states[where[:, 0], where[:, 1] - 1]), ids[after])
+    if places := [(row, i) for row, encoded in enumerate(rows) for span in encoded.written for i in span]:
+        at = torch.tensor(places)
+        rewrite = F.cross_entropy(master.scores(states[at[:, 0], at[:, 1] - 1]), ids[at[:, 0], at[:, 1]])
     return choice + recipe.rewrite_weight * rewrite, float(choice.detach()), float(rewrite.detach())
+
+
+def _places(rows: Sequence[data.Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, index) of every choice in a batch."""
+    return (
+        torch.tensor([row for row, encoded in enumerate(rows) for _ in encoded.choices]),
+        torch.tensor([i for encoded in rows for i in encoded.choices]),
+    )
 
 
 @torch.no_grad()
 def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabulary, budget: int = 4096) -> dict[str, float]:
-    """Choice accuracy and log loss over the graph's nodes (prompt only), as serving would choose."""
+    """Choice accuracy and log loss, as serving would choose: first among the nodes, then among the nodes and the end.
+
+    Where walks are longer than one choice: `next`, accuracy of choices after the first when all before them were right, and `whole`,
+    the share of walks without a wrong choice.
+    """
     master.eval()
-    known = torch.tensor([vocabulary.first_id + token for token in vocabulary.nodes.values()])
-    prompts = [data.Encoded(row.ids[: row.start + 1], row.start) for row in encoded]
-    right = 0
+    known = torch.tensor([*(vocabulary.first_id + token for token in vocabulary.nodes.values()), vocabulary.end_id])
+    shown = [data.Encoded(row.ids[: row.choices[-1] + 1], row.choices) for row in encoded]
+    first, following, whole = 0, 0, 0
     loss = 0.0
-    for batch in batches(prompts, budget, random.Random(0)):
-        rows = [prompts[i] for i in batch]
+    for batch in batches(shown, budget, random.Random(0)):
+        rows = [shown[i] for i in batch]
         ids, mask = _pad(rows, 0)
-        each, first = torch.arange(len(rows)), torch.tensor([row.start for row in rows])
-        logits = F.log_softmax(master.scores(master.states(ids, mask)[each, first - 1])[:, known], dim=-1)
-        target = (known.unsqueeze(0) == ids[each, first].unsqueeze(1)).int().argmax(1)
-        right += int((logits.argmax(1) == target).sum())
-        loss += float(-logits[each, target].sum())
+        each, where = _places(rows)
+        scores = master.scores(master.states(ids, mask)[each, where - 1])[:, known]
+        opening = where == torch.tensor([row.start for row in rows])[each]
+        scores[opening, -1] = -torch.inf  # a walk has at least one step
+        logits = F.log_softmax(scores, dim=-1)
+        target = (known.unsqueeze(0) == ids[each, where].unsqueeze(1)).int().argmax(1)
+        right = logits.argmax(1) == target
+        first += int(right[opening].sum())
+        following += int(right[~opening].sum())
+        whole += len(rows) - len(each[~right].unique())
+        loss -= float(logits[torch.arange(len(target)), target][opening].sum())
     master.train()
-    return {"accuracy": right / len(encoded), "loss": loss / len(encoded), "n": float(len(encoded))}
+    found = {"accuracy": first / len(encoded), "loss": loss / len(encoded), "n": float(len(encoded))}
+    if (more := sum(len(row.choices) - 1 for row in encoded)) > 0:
+        found |= {"next": following / more, "whole": whole / len(encoded)}
+    return found
 
 
 def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None) -> tuple[Master, data.Encode]:
@@ -203,24 +223,33 @@ def trained(master: Master) -> dict[str, torch.Tensor]:
 def main(
     base: Path,
     train: Sequence[data.Example],
-    validation: Mapping[str, Sequence[data.Example]],
+    validation: Mapping[str, Sequence[data.Example | tasks.Task]],
     vocabulary: Vocabulary,
     recipe: Recipe,
     out: Path,
     log: Any = print,
     start: Path | None = None,
+    walks: Sequence[tasks.Task] = (),
 ) -> dict[str, Any]:
     """Run the recipe, from the base or from another bundle (`start`).
 
+    `walks`: tasks of several steps, taught beside the examples; then every example teaches that its walk ends, too.
+
     Leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl and plot.png in `out`.
     """
-    unknown = sorted({e.node for e in train} - set(vocabulary.nodes))
+    unknown = sorted({e.node for e in train}.union(step.node for task in walks for step in task.steps) - set(vocabulary.nodes))
     if unknown:
         raise DataError(f"Examples name nodes without a functional token: {', '.join(unknown)}.")
     out.mkdir(parents=True, exist_ok=True)
     master, encode_text = setup(base, vocabulary, recipe, start)
-    encoded = [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in train]
-    checks = {name: [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in rows] for name, rows in validation.items()}
+
+    def encode(example: data.Example | tasks.Task, form: str = "plan") -> data.Encoded:
+        if isinstance(example, tasks.Task):
+            return tasks.encode(example, vocabulary, encode_text, recipe.query_limit, form)
+        return data.encode(example, vocabulary, encode_text, recipe.query_limit, ends=bool(walks))
+
+    encoded = [encode(example) for example in train] + [encode(task, form) for task, form in zip(walks, tasks.forms(walks), strict=True)]
+    checks = {name: [encode(example) for example in rows] for name, rows in validation.items()}
     average = fit(master, encoded, checks, vocabulary, recipe, out, log)
     with torch.no_grad():
         for name, tensor in trained(master).items():
@@ -228,6 +257,7 @@ def main(
     metrics: dict[str, Any] = {name: validate(master, rows, vocabulary) for name, rows in checks.items()}
     save(master, vocabulary, recipe, out)
     metrics["examples"] = len(train)
+    metrics["walks"] = len(walks)
     metrics["rewrites"] = sum(bool(e.rewrite) for e in train)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -1,0 +1,86 @@
+"""Tasks that need several experts: JSON Lines of {query, steps: [{node, needs, rewrite, answer?}], lang?} -> ids and what is learnt.
+
+A task is taught in the three forms that serving meets: as a plan (nothing answered yet), as a walk (each step's answer before the next
+choice), and without requests (the query is too long to be rewritten). It knows files and the joining of prompts.py with tokens.py;
+it knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmgraph import plan, prompts, tokens
+from lmgraph.errors import DataError
+from lmgraph.train.examples import Encode, Encoded, lines, prompt
+
+KEPT = 20
+"""percent of tasks that are kept aside (`examples.held_out`)"""
+FORMS = ("plan", "walk", "bare")
+EXPECTED = 'Each line: {"query": ..., "steps": [{"node": ..., "needs": [0-based earlier steps], "rewrite": "... {0}"}, ...]}'
+
+
+@dataclass(frozen=True)
+class Task:
+    """A query and the steps that answer it, in the order in which they run; one step for a query that needs one expert only."""
+
+    query: str
+    steps: tuple[plan.Request, ...]
+    answers: tuple[str, ...] = ()
+    """what workers said to the steps, where that is recorded"""
+    lang: str = "en"
+
+
+def load(paths: Iterable[Path]) -> list[Task]:
+    """Read files (.jsonl or .jsonl.gz); a line with `node` in place of `steps` is a task of one step. Raises DataError naming file and line."""
+    found = [_parse(line, where) for line, where in lines(paths)]
+    if not found:
+        raise DataError("No tasks found.", EXPECTED)
+    return found
+
+
+def _parse(row: Mapping[str, Any], where: str) -> Task:
+    query, steps = row.get("query"), row.get("steps", [row] if "node" in row else None)
+    if not isinstance(query, str) or not query.strip() or not isinstance(steps, list) or not steps:
+        raise DataError(f"{where}: needs a non-empty string `query` and a list `steps`; found keys {sorted(row)}.", EXPECTED)
+    made, answers = [], []
+    for number, step in enumerate(steps):
+        node, text, answer = (step.get(key, "") if isinstance(step, dict) else None for key in ("node", "rewrite", "answer"))
+        needs = step.get("needs", []) if isinstance(step, dict) else None
+        if not isinstance(node, str) or not node or not isinstance(text, str) or not isinstance(answer, str):
+            raise DataError(f"{where}: step {number} needs a string `node`; `rewrite` and `answer` are strings where given.", EXPECTED)
+        if not isinstance(needs, list) or not all(isinstance(need, int) and 0 <= need < number for need in needs):
+            raise DataError(f"{where}: step {number} needs {json.dumps(needs)}, expected numbers of steps before it (0 is the first).", EXPECTED)
+        if text and set(needs) != set(plan.needs(text)):
+            raise DataError(f"{where}: step {number} needs {needs}, its rewrite names {sorted(plan.needs(text))}.", "Expected {i} in the rewrite for each i in needs.")
+        made.append(plan.Request(node, text, tuple(needs)))
+        answers.append(answer)
+    return Task(query, tuple(made), tuple(answers) if all(answers) else (), str(row.get("lang") or "en"))
+
+
+def encode(task: Task, vocabulary: tokens.Vocabulary, encode_text: Encode, limit: int, form: str) -> Encoded:
+    """The whole walk as one sequence: prompt, then for each step choice, request and what follows it, and the end.
+
+    `form` is one of FORMS; a task without answers, or without all requests, is taught as far as it can be.
+    """
+    ids = prompt(task.query, vocabulary, encode_text, limit)
+    choices, written = [], []
+    for number, step in enumerate(task.steps):
+        choices.append(len(ids))
+        text = step.text if form != "bare" else ""
+        ids += tokens.encode(vocabulary, step.node, encode_text(tokens.quote(vocabulary.dialect, text), False) if text else [])
+        if text:
+            written.append(range(choices[-1] + 1, len(ids)))
+        answer = task.answers[number] if form == "walk" and task.answers else ""
+        for segment in prompts.passed(answer, vocabulary.dialect):
+            told = encode_text(segment.text, segment.special)
+            ids += told if segment.special else prompts.shorten(told, prompts.ANSWER_LIMIT)[0]
+    return Encoded([*ids, vocabulary.end_id], (*choices, len(ids)), tuple(written))
+
+
+def forms(tasks: Sequence[Task]) -> list[str]:
+    """A form for each task: of ten five plans, four walks, one bare (in turn, so that every file has its share)."""
+    return [("plan", "walk")[number % 2] if number % 10 != 9 else "bare" for number in range(len(tasks))]
