@@ -87,6 +87,25 @@ def check(query: str, rewrite: str, finished: bool = True) -> str:
     return ""
 
 
+def check_part(query: str, request: str, finished: bool = True) -> str:
+    """The same for a request that is one step of several: it may leave out what other steps are asked, and may not add anything.
+
+    Places for earlier answers (`{0}`) are no part of its text.
+    """
+    text = re.sub(r"\{\d{1,2}\}", " ", request).strip(" :,.;：，。")
+    if not text:
+        return "empty"
+    if not finished:
+        return "cut off"
+    if loops(text):
+        return "loops"
+    if len(text) > 2 * len(query) + 120:
+        return "much longer than the query"
+    if new := numbers(text) - numbers(query):
+        return f"invented the number {min(new)}"
+    return _invented_quote(query, text) or _language(query, text)
+
+
 def loops(text: str) -> bool:
     """Whether a stretch of words (or, without blanks, of characters) comes three times in a row or far too often."""
     units = text.split()
@@ -126,6 +145,10 @@ def _quotes(query: str, text: str) -> str:
         passage = next(g for g in match.groups() if g)
         if _plain(passage) not in _plain(text):
             return f"lost the quotation {passage[:40]!r}"
+    return _invented_quote(query, text)
+
+
+def _invented_quote(query: str, text: str) -> str:
     known = _plain(query)
     for match in QUOTED.finditer(text):
         passage = next(g for g in match.groups() if g)

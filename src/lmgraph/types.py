@@ -65,6 +65,10 @@ class Decision:
     """the conversation's node was kept although another one was a little more probable"""
     scope: float | None = None
     """log-odds of the chosen functional token against ordinary words in its place: low where a query belongs to no node; None: not asked"""
+    more: float | None = None
+    """probability that another step follows; None: not asked"""
+    written: tuple[int, ...] = ()
+    """ids of the request as the master wrote it, () where it wrote none: what the next hop goes on from"""
     shortened: int = 0
     """query tokens that the master did not see (the worker gets the query whole)"""
     tokenise_ms: float = 0.0
@@ -86,11 +90,23 @@ class Decision:
             "stayed": self.stayed,
             "chosen": self.chosen,
             **({} if self.scope is None else {"scope": round(self.scope, 3)}),
+            **({} if self.more is None else {"more": round(self.more, 4)}),
             "rewrite_note": self.rewrite_note,
             "shortened": self.shortened,
             "ms": {"tokenise": round(self.tokenise_ms, 2), "prefill": round(self.prefill_ms, 2), "decode": round(self.decode_ms, 2)},
             "tokens": {"prompt": self.prompt_tokens, "rewrite": self.rewrite_tokens},
         }
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A finished step as the master sees it when it chooses the next one."""
+
+    node: str
+    written: tuple[int, ...] = ()
+    """ids of the request that it wrote"""
+    answer: str = ""
+    """'' in a plan, where nothing is answered yet"""
 
 
 @dataclass(frozen=True)
