@@ -13,9 +13,10 @@ START, END = "start", "end"
 KINDS = ("embedded", "openai", "scripted")
 REWRITE = ("auto", "always", "never")
 MODALITIES = ("text", "image", "audio")
-MODES = ("single", "vote")
+MODES = ("single", "vote", "auto", "walk", "plan")
 VOTERS = (2, 9)
 """fewest and most workers of a vote"""
+MOST_HOPS = 20
 VERSION = 1
 
 
@@ -37,11 +38,17 @@ class WorkerSpec:
     temperature: float | None = None
     answers: Mapping[str, str] = field(default_factory=dict)
     """`scripted` only: request -> answer, '*' for any"""
+    price: tuple[float, float] = (0.0, 0.0)
+    """of a million tokens of prompt and of completion, in any one currency"""
 
 
 @dataclass(frozen=True)
 class AnswerSpec:
-    """How a query is answered: by one worker (`single`), or by `workers` of them whose answers are weighed (`vote`)."""
+    """How a query is answered: by one worker (`single`), by `workers` of them whose answers are weighed (`vote`), or by a walk.
+
+    `walk`: the master chooses hop by hop; `plan`: it writes all steps first; `auto`: a walk where the master says that one expert is not
+    enough, else a single worker. A walk stops at `hops`, `seconds`, `tokens` (of all steps together) and `cost` (None: no limit).
+    """
 
     mode: str = "single"
     workers: int = 3
@@ -49,6 +56,12 @@ class AnswerSpec:
     """node -> measured probability that its worker is right; the most competent of them vote. None named: the master's best"""
     judge: str = ""
     """node whose worker makes one answer out of free texts, which no vote can compare; '': the most competent answer is taken"""
+    hops: int = 6
+    seconds: float = 600.0
+    tokens: int = 50_000
+    cost: float | None = None
+    compose: str = ""
+    """node whose worker makes one answer out of a walk's parts, where it has several; '': the last step's worker"""
 
 
 @dataclass(frozen=True)
@@ -138,8 +151,9 @@ def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "
         for voter in spec.voters:
             if voter not in names:
                 say((*path, "voters", voter), f"{'.'.join(path)}: voter {voter!r} is no node; valid: {', '.join(graph.nodes)}")
-        if spec.judge and spec.judge not in names:
-            say((*path, "judge"), f"{'.'.join(path)}: judge {spec.judge!r} is no node; valid: {', '.join(graph.nodes)}")
+        for role in ("judge", "compose"):
+            if (name := getattr(spec, role)) and name not in names:
+                say((*path, role), f"{'.'.join(path)}: {role} {name!r} is no node; valid: {', '.join(graph.nodes)}")
     if not graph.edges.get(START) and names:
         say(("edges",), 'no edge leaves start: nothing can be chosen first; write  start: ["*"]')
     for at, targets in graph.edges.items():

@@ -51,7 +51,7 @@ def waves(steps: Sequence[Request]) -> list[list[int]]:
 
 
 def fill(text: str, answers: Mapping[int, str], limit: int) -> str:
-    """The request with earlier answers in it, each of at most `limit` characters; what was cut off says so. A missing answer is said, too."""
+    """The request with earlier answers in it, each of at most `limit` characters: what was cut off, or is missing, is said."""
     return PLACE.sub(lambda match: cut(answers[int(match[1])], limit) if int(match[1]) in answers else "(no answer)", text)
 
 

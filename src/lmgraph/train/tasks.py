@@ -35,7 +35,10 @@ class Task:
 
 
 def load(paths: Iterable[Path]) -> list[Task]:
-    """Read files (.jsonl or .jsonl.gz); a line with `node` in place of `steps` is a task of one step. Raises DataError naming file and line."""
+    """Read files (.jsonl or .jsonl.gz); a line with `node` in place of `steps` is a task of one step.
+
+    Raises DataError naming file and line.
+    """
     found = [_parse(line, where) for line, where in lines(paths)]
     if not found:
         raise DataError("No tasks found.", EXPECTED)
@@ -53,9 +56,12 @@ def _parse(row: Mapping[str, Any], where: str) -> Task:
         if not isinstance(node, str) or not node or not isinstance(text, str) or not isinstance(answer, str):
             raise DataError(f"{where}: step {number} needs a string `node`; `rewrite` and `answer` are strings where given.", EXPECTED)
         if not isinstance(needs, list) or not all(isinstance(need, int) and 0 <= need < number for need in needs):
-            raise DataError(f"{where}: step {number} needs {json.dumps(needs)}, expected numbers of steps before it (0 is the first).", EXPECTED)
+            raise DataError(f"{where}: step {number} needs {json.dumps(needs)}, expected numbers of steps before it, from 0.", EXPECTED)
         if text and set(needs) != set(plan.needs(text)):
-            raise DataError(f"{where}: step {number} needs {needs}, its rewrite names {sorted(plan.needs(text))}.", "Expected {i} in the rewrite for each i in needs.")
+            raise DataError(
+                f"{where}: step {number} needs {needs}, its rewrite names {list(plan.needs(text))}.",
+                "Expected {i} in the rewrite for each i in needs.",
+            )
         made.append(plan.Request(node, text, tuple(needs)))
         answers.append(answer)
     return Task(query, tuple(made), tuple(answers) if all(answers) else (), str(row.get("lang") or "en"))
