@@ -253,6 +253,7 @@ def test_a_model_whose_letters_do_not_differ_is_refused_with_what_to_do(spell: C
     ("Answer: C", 2), ("the answer is (C)", 2), ("The answer is **B**.", 1), ("ANSWER: d", None), ("answer: (d)", 3),
     ("The answer is \\boxed{D}", 3), ("The correct option is B", 1), ("the answer is A because it is", 0), ("Answer:\n\nC) x", 2),
     ("A. No, wait: the answer is D", 3), ("Answer: A. Then again, answer: B", 1), ("The answer is B. Option A is wrong.", 1),
+    ("The answer is $\\boxed{C}$.", 2), ("The correct answer is option C.", 2), ("Answer: Option B", 1), ("The answer is choice (b)", 1),
     ("C\n\nWhat is next?\nAnswer: B", 2),  # a model that goes on and asks itself
     ("A dog barks", None), ("Answer: A dog", None), ("I think so", None), ("Because A and B are", None), ("Answers Differ", None),
     ("E", None), ("Answer: F", None), ("", None), ("no", None)])

@@ -316,7 +316,12 @@ def test_a_graphs_master_decides_as_it_serves_and_is_known_by_its_weights(toy_ma
         master = masters.Master(engine, bundles.vocabulary_of(toy_master), given)
         served = masters.Served(master)
         await served.fit(LEARNT, TOY)
-        assert served.weights == assets.digest_of(toy_master)
+        less = masters.Served(masters.Master(engine, master.vocabulary, replace(given, edges={**given.edges, "start": ("law", "math")})))
+        await less.fit(LEARNT, TOY)
+        assert served.weights != less.weights, "it would choose among others"
+        first = served.weights
+        await served.fit(LEARNT, TOY)
+        assert served.weights == first
         for query in ("court", "sum integral", "fever"):
             decision = await master.decide(query, rewriting=False, scoped=True)
             assert await served.decide(query) == Verdict(decision.chosen, pytest.approx(decision.scope, abs=0.05))
@@ -696,6 +701,11 @@ def test_contestants_on_a_graph_of_ones_own(lmgraph: Command, mine: None) -> Non
     assert rows["majority"]["accuracy"] == pytest.approx(1 / 3) and rows["random"]["accuracy"] < 0.7
     assert rows["majority"]["gap"]["value"] == pytest.approx(1 / 3 - rows["lmgraph master"]["accuracy"])
     assert all(row["n"] == 36 and row["ms"]["median"] >= 0 and row["auroc"] is None for row in rows.values())
+
+
+def test_queries_that_the_contestants_learn_from_are_refused(lmgraph: Command, mine: None) -> None:
+    found = lmgraph("evaluate", "compare", "train.jsonl", "--data", "train.jsonl", "--contestant", "majority")
+    assert found.code == 2 and "queries are among the examples that the contestants learn from" in found.err and "--kept" in found.err
 
 
 def test_a_report_is_written_and_a_second_run_decides_nothing_again(lmgraph: Command, mine: None) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,8 @@ def test_decisions_depend_on_what_the_master_and_the_graph_say_about_choosing_an
     key = mmlu.master_key(one, "d", False)
     assert mmlu.master_key(two, "d", False) == key
     others = {mmlu.master_key(one, "e", False), mmlu.master_key(one, "d", True), mmlu.master_key(graph("{kind: scripted}"), "d", False)}
-    assert len(others | {key}) == 4
+    others.add(mmlu.master_key(replace(one, master=replace(one.master, scope=1.0)), "d", False))
+    assert len(others | {key}) == 5
 
 
 def routed(node: str, chosen: str = "", stem: str = "", ms: float = 2.0, rewrite_ms: float = 3.0) -> Routed:
@@ -404,6 +406,13 @@ def test_costs_are_those_of_who_was_asked(four: dict[str, Any]) -> None:
     assert policies[marks.REWRITTEN]["ms"] == pytest.approx((10 + 30 + 4 + 50) / 4 + 2 + 3)
     assert policies[marks.RANDOM]["ms"] == pytest.approx((10 + 10 + 4) / 3) and policies[marks.ANY]["ms"] is None
     assert four["alone"]["big"]["prompt_tokens"] == 12.5 and policies[marks.ROUTED]["prompt_tokens"] == 12.5
+
+
+def test_tokens_that_one_worker_does_not_count_are_in_no_mean(four: dict[str, Any]) -> None:
+    results = Results([routed("health"), routed("law")], {"big": [reply(0, tokens=800)] * 2, "small": [reply(0, tokens=0)] * 2}, [])
+    found = marks.measure(FOUR[1:3], results, PAIR, ["health", "law"], shots=0, rewriting=False)
+    assert found["alone"]["big"]["prompt_tokens"] == 800 and found["alone"]["small"]["prompt_tokens"] is None
+    assert found["policies"][marks.ROUTED]["prompt_tokens"] is None
 
 
 def test_router_and_workers_are_what_a_hand_counts(four: dict[str, Any]) -> None:

@@ -122,6 +122,7 @@ def compare(
 
     from lmgraph.evaluate import compare as comparing
     from lmgraph.evaluate import intents as sets
+    from lmgraph.evaluate.routes import check_names
     from lmgraph.files import read_graph
     from lmgraph.train import examples as data
 
@@ -144,7 +145,12 @@ def compare(
             )
         learnt, _ = data.split(data.load(examples))
         names = {name: node.description for name, node in given.nodes.items()}
-        _known(names, [*rows, *learnt])
+        check_names("The examples are labelled with", {e.node for e in [*rows, *learnt]}, list(names))
+        if doubles := len({e.query for e in rows} & {e.query for e in learnt}):
+            raise DataError(
+                f"{doubles:,} of {len(rows):,} queries are among the examples that the contestants learn from.",
+                "Judge on other FILES, or on what training keeps aside: --kept",
+            )
         contest = comparing.Contest(names, learnt, rows)
         title = f"Routers on {', '.join(f.name for f in files)}"
     queries, outside = contest.spread(sample or len(contest.queries))
@@ -196,12 +202,6 @@ async def _run(
             most = listed if kind.startswith("listing") and listed else len(contest.queries)
             results.append(await comparing.run(contestant, contest, most, journal, bars.progress))
     return results
-
-
-def _known(nodes: dict[str, str], examples: Sequence[Any]) -> None:
-    from lmgraph.evaluate.routes import check_names
-
-    check_names("The examples are labelled with", {e.node for e in examples}, list(nodes))
 
 
 def _makers(given: Graph | None, beside: Path | None, using: Settings, keep: Path, bars: Any, rows_examples: int) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def mmlu(
     DATA is a folder with MMLU's dev and test questions (the original CSV files, Hugging Face's cais/mmlu as Parquet or JSON Lines, or
     dev.jsonl and test.jsonl), or one file of test questions for --shots 0.
     """
-    from lmgraph.errors import OutsideError
+    from lmgraph.errors import AssetError, OutsideError
 
     again = "What was answered is kept; go on with the same command." if out else "Nothing was kept; with --out FOLDER it would be."
     try:
@@ -146,7 +146,7 @@ def mmlu(
     except KeyboardInterrupt:
         click.echo(f"\n{again}{' (without --fresh)' if out and fresh else ''}", err=True)
         raise
-    except OutsideError as error:
+    except (AssetError, OutsideError) as error:
         error.hint = "\n".join(line for line in (error.hint, again) if line)
         raise
 
@@ -186,11 +186,12 @@ async def _mmlu(
         open_journal(out / "decisions.jsonl" if out else None, exam.Routed, fresh=fresh) as decisions,
         open_journal(out / "answers.jsonl" if out else None, Reply, fresh=fresh) as answers,
     ):
+        digests: dict[str, str] = {name: known.sha256 for name, known in CATALOGUE.items()}
 
         def weights(spec: WorkerSpec) -> str:
-            if spec.model in CATALOGUE:
-                return CATALOGUE[spec.model].sha256
-            return digest_of(model_file(spec.model, using.cache, folder, bars))
+            if spec.model not in digests:
+                digests[spec.model] = digest_of(model_file(spec.model, using.cache, folder, bars))
+            return digests[spec.model]
 
         those = exam.candidates(given, weights)
         if len(answers):

@@ -85,7 +85,7 @@ class Asker:
 
     async def _words(self, text: str, shots: int) -> Reply:
         """A reply to a prompt as a user's message: by probabilities where the worker tells them, else by its words."""
-        took, silent = 0.0, False
+        took, used, silent = 0.0, 0, False
         if self._tells:
             try:
                 _, choices, used, took = await self._call(text, 1, PROBABILITIES)
@@ -98,9 +98,9 @@ class Asker:
                 if (best := _likeliest(tops)) is not None:
                     return Reply(best, "likelihood", took, used, shots)
                 silent = not tops
-        words, _, used, more = await self._call(text, WORDS, {})
+        words, _, again, more = await self._call(text, WORDS, {})
         self._tells = self._tells and not silent  # only now: a prompt that is too long is refused in the same way as an option
-        return Reply(letter(words), "parsed", took + more, used, shots)
+        return Reply(letter(words), "parsed", took + more, used + again, shots)
 
     async def _call(self, text: str, max_tokens: int, options: Mapping[str, Any]) -> tuple[str, list[Mapping[str, Any]], int, float]:
         """(text, choices with more than text, prompt tokens, ms) of one answer; tried again as often as the node says."""
@@ -173,7 +173,7 @@ def letter(text: str, count: int = len(LETTERS)) -> int | None:
     """
     big, any_case = f"[A-{chr(64 + count)}]", f"[A-{chr(64 + count)}a-{chr(96 + count)}]"
     prose = r"(?!(?<=[AI])\s+(?!because\b|since\b|as\b)[a-z])"
-    stated = r"(?i:answer(?:\s+(?:is|would\s+be))?|(?:option|choice)\s+is)[\s:=*\"']*"
+    stated = r"(?i:answer(?:\s+(?:is|would\s+be))?[\s:=*\"'$]*(?:option|choice)?|(?:option|choice)\s+is)[\s:=*\"'$]*"
     statements = list(re.finditer(rf"{stated}(?:\(({any_case})\)|\\boxed\{{({big})\}}|({big})(?![\w'’]){prose})", text))
     found = (
         re.match(rf"\W*({big})\W*(?:\n|$)", text)

@@ -182,8 +182,9 @@ def report(metrics: Mapping[str, Any], title: str, command: str) -> Report:
     )
     note = (
         "Accuracy with 95 % Wilson intervals; differences in points on the same queries (paired bootstrap); times of one query at a time, "
-        "median; fit: seconds from examples to the first decision, model loading included, the first time (what several contestants share, "
-        "an embedding model and its vectors, counts for the first of them)"
+        "median; fit: seconds of learning, when it was done for this folder, its last stretch where it was interrupted (what several "
+        "contestants share, an embedding model and its vectors, counts for the first of them; the models of listings are loaded before; "
+        "the master of a graph was trained before, on data of its own)"
         + ("; AUROC: queries of a node against out-of-scope ones by the contestant's own score." if outside else ".")
     )
     return Report(title, command, metrics, sections, [drawn] if points else [], note)

@@ -6,6 +6,7 @@ fields. Without a file it remembers and keeps nothing.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -49,7 +50,9 @@ class Journal(Generic[Finding]):
             row = {"key": key, OF: dict(about), **asdict(finding)}  # type: ignore[call-overload]
             line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
             try:
-                self._file.write(line.encode(errors="replace"))  # unbuffered: one write, so nobody sees half a line
+                whole = line.encode(errors="replace")
+                if self._file.write(whole) < len(whole):  # unbuffered: one write, so nobody sees half a line but on a full disk
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 raise AssetError(f"{self._file.name} cannot be written: {error.strerror or error}.", ELSEWHERE) from error
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from lmgraph.errors import DataError
 from lmgraph.evaluate import pictures
+from lmgraph.evaluate.asking import Reply
 from lmgraph.evaluate.mmlu import Candidate, Results
 from lmgraph.evaluate.mmludata import Question
 from lmgraph.evaluate.report import Cells, Picture, Report, Section, interval, percent
@@ -57,7 +58,7 @@ def measure(
         name: np.array([reply.choice == q.answer for reply, q in zip(replies, questions, strict=True)], dtype=np.float64)
         for name, replies in results.replies.items()
     }
-    cost = {name: np.array([(reply.prompt_tokens, reply.ms) for reply in replies]) for name, replies in results.replies.items()}
+    cost = {name: np.array([_cost(reply) for reply in replies]) for name, replies in results.replies.items()}
     best = max(right, key=lambda name: right[name].sum())
     chosen = {
         BEST: [best] * len(questions),
@@ -76,7 +77,7 @@ def measure(
         for i, reply in enumerate(results.rewritten):
             if reply is not None:
                 marks[REWRITTEN][i] = reply.choice == questions[i].answer
-                costs[REWRITTEN][i] += np.array([reply.prompt_tokens, reply.ms]) - cost[chosen[ROUTED][i]][i]
+                costs[REWRITTEN][i] += np.array(_cost(reply)) - cost[chosen[ROUTED][i]][i]
     marks[ANY] = np.max(list(right.values()), axis=0)
     order = [name for name in MEANS if name in marks]
     return {
@@ -105,6 +106,11 @@ def measure(
     }
 
 
+def _cost(reply: Reply) -> tuple[float, float]:
+    """(prompt tokens, ms); not-a-number where the server does not count tokens: no sum with it can be told."""
+    return reply.prompt_tokens or np.nan, reply.ms
+
+
 def _figures(marks: Any, best: Any, cost: Any) -> dict[str, Any]:
     """One policy: `marks` and `best` of shape (n,), `cost` of shape (n, 2): prompt tokens, ms; or None.
 
@@ -119,7 +125,7 @@ def _figures(marks: Any, best: Any, cost: Any) -> dict[str, Any]:
         "interval": list(wilson(round(correct), n)),
         "difference": gap,
         "difference_interval": list(bounds),
-        "prompt_tokens": tokens or None,  # a server may not count them
+        "prompt_tokens": None if tokens is None or np.isnan(tokens) else tokens,
         "ms": ms,
     }
 

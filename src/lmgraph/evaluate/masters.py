@@ -23,6 +23,7 @@ from lmgraph.assets import atomic, digest_of
 from lmgraph.engine import Engine
 from lmgraph.errors import MissingExtra
 from lmgraph.evaluate.contestants import Verdict
+from lmgraph.evaluate.journal import key_of
 from lmgraph.graph import Graph, MasterSpec, Node, WorkerSpec
 from lmgraph.master import QUERY_LIMIT, Master
 from lmgraph.tokens import Vocabulary
@@ -52,9 +53,11 @@ class Served:
         self._master = master
 
     async def fit(self, examples: Sequence[Example], nodes: Mapping[str, str]) -> None:
-        """Nothing: it was trained before. Only its weights' digest is taken."""
+        """Nothing: it was trained before. Only what decides is named: its weights, and which tokens the graph lets it choose among."""
         if self._master is not None:
-            self.weights = digest_of(self._master.engine.path)
+            given = self._master.graph
+            allowed = [[name, given.nodes[name].token] for name in given.neighbours()]
+            self.weights = key_of(digest_of(self._master.engine.path), allowed)
 
     async def decide(self, query: str) -> Verdict:
         """The chosen node and how far the query belongs to a node at all (`Decision.scope`)."""
@@ -103,7 +106,8 @@ class Few(Served):
 
                 tune.main(self._base, examples, {}, vocabulary, recipe, folder, watch, self._start)
 
-            await _apart(train, self._progress)
+            if not (folder / "metrics.json").is_file():  # the last thing that training leaves
+                await _apart(train, self._progress)
             bundles.merge(bundles.read(str(folder)), self._base, merged)
         self._master = await _load(merged, nodes, self._threads)
 

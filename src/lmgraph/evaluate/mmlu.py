@@ -87,7 +87,7 @@ def candidates(given: Graph, weights: Callable[[WorkerSpec], str]) -> list[Candi
 def master_key(given: Graph, digest: str, rewriting: bool) -> str:
     """What decisions depend on besides the question: the master's weights (their digest) and what the graph says about choosing."""
     first = [[name, given.nodes[name].token, given.nodes[name].threshold, given.nodes[name].rewrite] for name in given.neighbours()]
-    return key_of(digest, first, given.master.threshold, given.master.fallback, rewriting)
+    return key_of(digest, first, given.master.threshold, given.master.scope, given.master.fallback, rewriting)
 
 
 async def route(

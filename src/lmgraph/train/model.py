@@ -5,6 +5,7 @@ It knows how a GGUF becomes a trainable trunk and how extra ids are looked up an
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ try:
     import torch.nn.functional as F
 except ImportError as error:  # pragma: no cover - exercised by the test of missing extras in a subprocess
     raise MissingExtra("Training a master", "train") from error
+if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):  # sentence-transformers brings torch without it
+    raise MissingExtra("Training a master", "train")
 
 STATE_TOKENS = 4096
 """padded tokens that are computed together for `states`"""

@@ -159,8 +159,10 @@ def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabu
 
 def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None) -> tuple[Master, data.Encode]:
     """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or at `start`."""
-    from peft import LoraConfig, get_peft_model
-
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtra("Training a master", "train") from error
     if recipe.precision not in PRECISIONS:
         raise DataError(f"precision is {recipe.precision!r}.", f"Valid: {', '.join(PRECISIONS)}")
     if recipe.threads:
@@ -260,8 +262,8 @@ def main(
     metrics["walks"] = len(walks)
     metrics["rewrites"] = sum(bool(e.rewrite) for e in train)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     plot(out)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")  # last: where it lies, the rest is whole
     (out / "checkpoint.pt").unlink(missing_ok=True)
     return metrics
 
