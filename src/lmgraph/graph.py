@@ -16,6 +16,8 @@ MODALITIES = ("text", "image", "audio")
 MODES = ("single", "vote", "auto", "walk", "plan")
 VOTERS = (2, 9)
 """fewest and most workers of a vote"""
+WALKS = ("auto", "walk", "plan")
+"""modes in which a query may need several hops"""
 MOST_HOPS = 20
 VERSION = 1
 
@@ -173,6 +175,47 @@ def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "
         elif graph.neighbours(name) and END not in graph.reachable(name) and not _stops(graph, name):
             say(("edges", name), f"from {name!r} the walk can never end (a cycle to nowhere); connect it: lmgraph graph connect {name} end")
     return problems
+
+
+def notes(graph: Graph) -> list[str]:
+    """What is no problem, and worth knowing before a walk: dead ends, and cycles that only the limit of hops stops."""
+    out: list[str] = []
+    if not any(spec.mode in WALKS for _, spec in [((), graph.answer), *_answers(graph)]):
+        return out
+    if dead := [name for name in graph.nodes if not graph.neighbours(name)]:
+        out.append(
+            f"dead ends: after {', '.join(dead)} a walk is over, whatever is left to do; connect: lmgraph graph connect {dead[0]} NODE end"
+        )
+    before: dict[str, list[str]] = {name: [] for name in graph.nodes}
+    for name in graph.nodes:
+        for following in graph.neighbours(name):
+            if following != END:
+                before[following].append(name)
+    backwards = Graph(graph.nodes, {name: tuple(those) for name, those in before.items()})
+    seen: set[str] = set()
+    for name in graph.nodes:
+        if name not in seen and (ring := _cycle(graph, name)):
+            together = graph.reachable(name) & backwards.reachable(name)
+            seen |= together
+            out.append(
+                f"{len(together)} nodes lie on cycles, such as {' -> '.join(ring)}: a walk there goes on until the master chooses the end, "
+                f"or to the limit of {graph.answer.hops} hops"
+            )
+    return out
+
+
+def _cycle(graph: Graph, name: str) -> list[str]:
+    """A shortest way from a node back to it, [] where there is none."""
+    ways = [[name]]
+    seen: set[str] = set()
+    for way in ways:  # grows while it is read: breadth first
+        for following in graph.neighbours(way[-1]):
+            if following == name:
+                return [*way, name]
+            if following not in seen and following != END:
+                seen.add(following)
+                ways.append([*way, following])
+    return []
 
 
 def _answers(graph: Graph) -> list[tuple[tuple[str, ...], AnswerSpec]]:

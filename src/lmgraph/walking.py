@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from lmgraph import plan
 from lmgraph.errors import LmgraphError, OutsideError, WorkerError
-from lmgraph.graph import END, AnswerSpec, Graph, Node
+from lmgraph.graph import END, WALKS, AnswerSpec, Graph, Node
 from lmgraph.master import MORE, Master
 from lmgraph.types import Ask, Decision, Delta, Hop, Message, Passed, Progress, Step, Walk
 from lmgraph.voting import comparable
@@ -31,9 +31,6 @@ COMPOSE = (
     "Several experts have each answered a part of the request below. Write the one answer to the whole request out of theirs: "
     "keep what they found, join it, and do not speak of the experts or of their answers."
 )
-
-
-WALKS = ("auto", "walk", "plan")
 
 
 def may(graph: Graph, ask: Ask) -> bool:
