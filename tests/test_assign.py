@@ -540,3 +540,11 @@ def test_a_vote_is_written_into_the_nodes_and_goes_with_the_workers_it_was_measu
     Path("graph.yaml").write_text(done.out)
     again = yaml.safe_load(lmgraph("graph", "assign", table, "--only", "small").out)["nodes"]
     assert again["law"]["answer"] == {"mode": "vote", "workers": 2}
+
+
+def test_voters_of_the_whole_graph_go_with_their_workers_and_a_judge_stays(lmgraph: Command, table: str) -> None:
+    text = Path("graph.yaml").read_text().replace("nodes:", "answer: {mode: vote, voters: {law: 0.9, math: 0.1}, judge: art}\nnodes:", 1)
+    Path("graph.yaml").write_text(text)
+    plain = yaml.safe_load(lmgraph("graph", "assign", table).out)
+    assert plain["answer"] == {"mode": "vote", "judge": "art"}
+    assert yaml.safe_load(lmgraph("graph", "assign", table, "--vote", "3").out)["nodes"]["law"]["answer"]["judge"] == "art"

@@ -122,6 +122,21 @@ def test_an_export_of_routerbench_is_read_with_scores_and_costs(tmp_path: Path, 
     assert table.letters is None and table.truth == ("", "")
 
 
+def test_a_name_that_only_looks_like_a_pickles_is_none(tmp_path: Path) -> None:
+    assert names(load(write(tmp_path, "model:x\n1\n", "x.pkl.csv"))) == ["x"]
+
+
+def test_one_model_in_two_columns_is_told_however_they_are_spaced(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column 'model:a' is there twice"):
+        load(write(tmp_path, "model:a,model: a\n1,0\n", "x.csv"))
+
+
+def test_a_prompt_that_is_no_literal_is_taken_as_text(tmp_path: Path) -> None:
+    row = routerbench()[0]
+    rows = [dict(zip(BENCH, [row[0], "[{[1]: 2}]", *row[2:]]))]
+    assert load(write(tmp_path, jsonl(*rows), "b.jsonl")).queries == ("[{[1]: 2}]",)
+
+
 @pytest.mark.parametrize("name", ["routerbench_0shot.pkl", "data.pickle", "data.pkl.gz", "renamed.csv"])
 def test_a_pickle_is_refused_without_being_opened(tmp_path: Path, name: str) -> None:
     class Trap:

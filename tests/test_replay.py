@@ -461,6 +461,34 @@ def test_a_learnt_vote_sees_that_one_model_only_repeats_another() -> None:
     assert plain < 0.72 < 0.80 < learnt
 
 
+def test_votes_are_left_out_where_one_model_has_scores_alone_and_others_letters() -> None:
+    table = said([["A", "B", "A"]] * 20, ["A"] * 20)
+    mixed = dataclasses.replace(table, letters=tuple(("", *row[1:]) for row in table.letters))
+    made, left_out = policies.usual(mixed, replay.view_of(mixed, None), (3,), 0.5)
+    assert not [policy.name for policy in made if "vote" in policy.name] and "Of a there are scores alone" in left_out["votes, cascade"]
+    assert not policies.usual(table, replay.view_of(table, None), (3,), 0.5)[1].get("votes, cascade")
+
+
+@needs_sklearn
+def test_a_learnt_vote_does_not_take_a_gap_for_silence() -> None:
+    table = copycat(300)
+    gaps = table.right.copy()
+    gaps[:150, 2] = NAN
+    lost = dataclasses.replace(table, right=gaps, letters=tuple((*row[:2], "") if q < 150 else row for q, row in enumerate(table.letters)))
+    assert played(policies.Scored("learnt", Competence(), 3), lost, 250).right.mean() > 0.7
+
+
+def test_competence_is_judged_without_copies_of_a_question() -> None:
+    def judged(first: float) -> Any:
+        outcomes = [[first, 1 - first]] * 2 + [[float(pair % 2), float(pair % 3 == 0)] for pair in range(20) for _ in range(2)]
+        table = recorded(outcomes, [f"c{q // 2}" for q in range(42)], queries=[f"text {q // 2}" for q in range(42)])
+        able = Competence()
+        able.fit(table, replay.view_of(table, None))
+        return able.judged()[:2]
+
+    assert np.allclose(judged(0.0), judged(1.0)), "what is said of a question does not hang on its own outcome, nor on its copy's"
+
+
 @needs_sklearn
 def test_a_cascade_asks_one_where_all_is_sure_and_all_where_nothing_is() -> None:
     sure = said([["A", "A", "A"]] * 120, ["A"] * 120)
@@ -613,7 +641,7 @@ def test_a_lone_letter_lists_no_options_and_an_option_may_have_several_lines() -
 @given(any_text)
 def test_options_are_listed_as_the_vote_counts_them_and_facts_are_finite(query: str) -> None:
     assert len(facts.options_of(query)) == vote.option_count(query)
-    assert len(facts.of_question(query)) == len(facts.FACTS) and all(map(math.isfinite, facts.of_question(query)))
+    assert len(facts.of_question(query)) == len(facts.FACTS + facts.LIST_FACTS) and all(map(math.isfinite, facts.of_question(query)))
 
 
 @given(listed, st.integers(0, 30))

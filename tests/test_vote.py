@@ -140,6 +140,14 @@ def test_short_answers_are_compared_folded(one: str, other: str) -> None:
     assert vote.key(one) == vote.key(other) is not None
 
 
+@pytest.mark.parametrize(("one", "other"), [
+    ("x > 5", "x < 5"), ("2x+1", "2x-1"), ("a * b", "a - b"), ("√2", "2"), ("-5 °C", "5 °C"), ("3.5 kg", "3-5 kg"), ("C++", "C#"), ("¬p", "p"),
+    ("A ∪ B", "A ∩ B"), ("p ≥ q", "p ≤ q"), ("दिल", "दाल"), ("ไม่", "ไม"),
+])
+def test_short_answers_that_differ_by_a_sign_are_not_the_same(one: str, other: str) -> None:
+    assert vote.key(one) != vote.key(other)
+
+
 @pytest.mark.parametrize("text", ["", " \n", "...", "one two three four five six seven", "a" * 41, FREE])
 def test_nothing_and_long_texts_are_free_text(text: str) -> None:
     assert vote.key(text) is None
@@ -477,6 +485,11 @@ def test_of_free_texts_the_most_competent_is_taken() -> None:
     found = answer_to(graph_text(FREE_TEXTS, node=JUDGED.format("")))
     assert found.text == FREE_TEXTS["b"] and found.trace.vote and found.trace.vote.winner == "b" and found.trace.vote.share == 0
     assert {v[1] for v in found.trace.vote.votes} == {None}
+
+
+def test_a_voter_that_says_nothing_does_not_win_where_others_speak() -> None:
+    found = answer_to(graph_text({"a": "", "b": FREE}, node="{mode: vote, voters: {a: 0.9, b: 0.3}}"))
+    assert found.text == FREE and found.trace.vote and [v[0] for v in found.trace.vote.votes] == ["b"]
 
 
 def test_a_judge_writes_one_answer_out_of_all_and_streams_it() -> None:

@@ -249,6 +249,7 @@ class Trace:
                     "error": s.error,
                     "usage": dict(s.usage),
                     **({} if s.hop is None else {"hop": s.hop, "answer": s.answer}),
+                    **({"voter": True} if s.voter else {}),
                 }
                 for s in self.steps
             ],

@@ -65,6 +65,8 @@ FIGURE = re.compile(
     rf"|{_SAID}[*_\"'`$\\([{{€£≈~]{{0,9}}(?P<said>{NUMBER}){_WHOLE}"
 )
 RESULT = re.compile(rf"=\s*[*_`$\\€£]{{0,5}}({NUMBER}){_WHOLE}(?:[^\w\n]+\w+){{0,3}}[^\w\n]*$")
+SIGNS = re.compile(r"(?<![\w)])[-−](?=\w)|(?<=\s)[-−*](?=\s)|(?<=\w)\*(?=\w)|(?<=\d)[-−.,:](?=\d)|[/#%&]")
+"""marks that make a short answer another one: minus, times, a decimal point"""
 PLAIN = re.compile(rf"[*_`$\\(€£\s]{{0,9}}({NUMBER})[*_`$\\)€£%.\s]{{0,9}}")
 
 
@@ -153,7 +155,16 @@ def _short(text: str) -> str | None:
     if len(text) > SHORT_CHARACTERS or len(text.split()) > SHORT_WORDS:
         return None
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return re.sub(r"[\W_]+", " ", folded).strip() or None
+    signs = {match.start() for match in SIGNS.finditer(folded)}
+
+    def shown(place: int, mark: str) -> str:
+        kind = unicodedata.category(mark)[0]
+        if place in signs or (kind == "S" and mark not in "`$"):
+            return f" {mark} "
+        return mark if mark.isalnum() or kind == "M" else " "
+
+    plain = " ".join("".join(shown(place, mark) for place, mark in enumerate(folded)).split())
+    return plain if any(map(str.isalnum, plain)) else None
 
 
 def weight(competence: float, options: int = 0) -> float:

@@ -103,6 +103,7 @@ async def run(
     """
     ballots = await _gather(poll, messages, ask_one)
     cast = [ballot for ballot in ballots if ballot.error is None]
+    cast = [ballot for ballot in cast if ballot.step.answer.strip()] or cast  # silence is no answer where others speak
     if not cast:
         for ballot in ballots:
             yield ballot.step

@@ -223,14 +223,17 @@ def render(text: str, plan: Plan, models: Sequence[Model], urls: Sequence[str], 
     def change(data: Any) -> None:
         graphedit.unfold(data)
         data.setdefault("master", {}).update({"bundle": bundle, "fallback": plan.general})
+        if "answer" in data:
+            data["answer"].pop("voters", None)  # what they are worth was measured with other workers
         for name, model in plan.workers.items():
             worker = own.get(model) or {"kind": "openai", "urls": list(urls), "model": model}
             node = data["nodes"][name]
             graphedit.put(node, "worker", worker, plan.remark(name))
             if name in plan.answers:
-                graphedit.put(node, "answer", plan.answers[name])
+                judge = (node.get("answer") or data.get("answer") or {}).get("judge")
+                graphedit.put(node, "answer", {**plan.answers[name], **({"judge": judge} if judge else {})})
             elif "answer" in node:
-                node["answer"].pop("voters", None)  # what they are worth was measured with other workers
+                node["answer"].pop("voters", None)
 
     kept = [line for line in text.splitlines(keepends=True) if not line.startswith(MARK)]
     lines = ["".join(c if c.isprintable() else "?" for c in f"{MARK}{line}") + "\n" for line in head]

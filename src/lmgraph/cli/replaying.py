@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 @click.option("--sure", type=click.FloatRange(0, 1), default=0.6, show_default=True, help="probability at which a cascade asks nobody more")
 @click.option("--bundle", default="mmlu", show_default=True, help="master that reads the questions: built-in name or folder")
 @click.option("--reads", type=click.IntRange(8, 1000), default=96, show_default=True, help="tokens of a question that the master reads")
-@click.option("--out", type=click.Path(path_type=Path), help="folder for the report, and for what the master read; the next run finds it")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="folder for the report, and for what the master read; the next run finds it",
+)
 @JSON
 def outcomes(
     table: Path,

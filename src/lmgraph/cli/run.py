@@ -10,13 +10,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lmgraph.cli import settings
 from lmgraph.errors import DataError, QueryError
 from lmgraph.graph import MODES
+
+if TYPE_CHECKING:
+    from lmgraph.types import Trace
 
 GRAPH = click.option(
     "--graph", "-g", "path", type=click.Path(path_type=Path), help="graph.yaml to use (default: ./graph.yaml, else the built-in graph)"
@@ -291,13 +294,18 @@ async def _chat(path: Path | None, profile: str | None, node: str | None) -> Non
                 try:
                     async for delta in runtime.answer(Ask((*messages, Message("user", line)), node, stay=stay), decided):
                         answer += delta.text
-                        stay = delta.trace.steps[-1].node if delta.trace else stay
+                        stay = _home(delta.trace) if delta.trace else stay
                         bars.stop()
                         out(delta.text)
                     out("\n")
                     messages += [Message("user", line), Message("assistant", answer)]
                 except LmgraphError as error:
                     console.print(f"Error: {error}", style="red", markup=False)
+
+
+def _home(trace: Trace) -> str:
+    """Where a conversation stays: with the node that answered, of a vote with the node that was decided."""
+    return trace.decision.node if trace.vote and trace.decision else trace.steps[-1].node
 
 
 def _line() -> str:

@@ -44,7 +44,9 @@ class Competence:
         if self._judged is None:
             self._judged = np.zeros(self._table.right.shape)
             other = copy.copy(self)
-            for training, test in folds(len(self._table.ids), min(PARTS, len(self._table.ids)), seed=1):
+            texts = self._view.queries
+            different = len({*texts} - {""}) + texts.count("")
+            for training, test in folds(len(texts), min(PARTS, different), seed=1, texts=texts):
                 other._learn(self._table.rows(training), self._view.rows(training))
                 self._judged[test] = other.of(self._view.rows(test))
         return self._judged

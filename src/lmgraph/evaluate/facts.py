@@ -12,8 +12,10 @@ import re
 
 from lmgraph.vote import OPTION
 
-FACTS = ("length", "options", "digits", "formula", "blank", "question", "lines", "option length", "option digits", "short options")
-"""of a question"""
+FACTS = ("length", "options", "digits", "formula", "blank", "question", "lines")
+"""of a question, without the texts of its options"""
+LIST_FACTS = ("option length", "option digits", "short options")
+"""of all its options together"""
 OPTION_FACTS = ("length", "rank", "relative length", "has digits", "digits", "none or all")
 """of one option"""
 ALL = re.compile(r"\b(?:none|all) of (?:the|these|those)\b", re.IGNORECASE)
@@ -45,7 +47,7 @@ def _marks(query: str) -> list[re.Match[str]]:
 
 
 def of_question(query: str) -> list[float]:
-    """One number for each of FACTS."""
+    """One number for each of FACTS, then one for each of LIST_FACTS."""
     options = options_of(query)
     stem = query[: _marks(query)[0].start()] if options else query
     joined = " ".join(options)

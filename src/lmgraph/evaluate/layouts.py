@@ -98,8 +98,10 @@ def _open(path: Path) -> TextIO:
     if packed:
         with gzip.open(path) as file:
             start = file.read(2)
-    if {".pkl", ".pickle"} & set(path.suffixes[-2:]) or start[:1] == b"\x80":  # no UTF-8 text begins so, every newer pickle does
-        export = f"import pandas; pandas.read_pickle({path.name!r}).to_csv({path.name.split('.')[0] + '.csv'!r}, index=False)"
+    if (
+        path.name.removesuffix(".gz").endswith((".pkl", ".pickle")) or start[:1] == b"\x80"
+    ):  # no UTF-8 text begins so, every newer pickle does
+        export = f"import pandas; pandas.read_pickle({str(path)!r}).to_csv({path.name.split('.')[0] + '.csv'!r}, index=False)"
         raise DataError(
             f"{path} is a pickle, which lmgraph does not open: a pickle runs whatever code its maker put into it.",
             f'If you trust where it comes from, export it and give the CSV:\n  python -c "{export}"',
@@ -150,7 +152,7 @@ def _of_csv(file: TextIO) -> Iterator[tuple[int, Row | list[str]]]:
     try:
         for cells in reader:
             if not head and any(cells):
-                head = [name.strip() for name in cells]
+                head = [MODEL + name.strip()[len(MODEL) :].strip() if name.strip().startswith(MODEL) else name.strip() for name in cells]
                 if problems := _strange(head):
                     yield line, problems
                     return
@@ -315,7 +317,7 @@ def _turns(prompt: str) -> str:
     """RouterBench writes a prompt as the Python list of its turns."""
     try:
         turns = ast.literal_eval(prompt) if prompt.startswith("[") else None
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return prompt
     return "\n\n".join(turns) if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns) else prompt
 

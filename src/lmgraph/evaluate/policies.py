@@ -15,6 +15,7 @@ import numpy as np
 
 from lmgraph import vote
 from lmgraph.errors import MissingExtra
+from lmgraph.evaluate import facts
 from lmgraph.evaluate.competence import Competence, Rows
 from lmgraph.evaluate.outcomes import Table
 from lmgraph.evaluate.replay import NOBODY, Array, Asked, View
@@ -120,8 +121,9 @@ class Scored(Vote):
         judged = self._competence.judged()
         order = np.argsort(-judged, axis=1, kind="stable")[:, : self.most]
         letters = np.take_along_axis(np.array(table.letters), order, axis=1)
+        told = np.flatnonzero(~np.isnan(np.take_along_axis(table.right, order, axis=1)).any(axis=1))  # else silence and a gap look alike
         fewest = 1 if self._sure < 1 else self.most
-        self._scorer.fit(view, order, letters, judged, np.array(table.truth), fewest)
+        self._scorer.fit(view.rows(told), order[told], letters[told], judged[told], np.array(table.truth)[told], fewest)
 
     def ask(self, view: View, asked: Asked) -> Array:
         """The next most competent where no answer is credible enough yet."""
@@ -141,7 +143,8 @@ class Scorer:
     """Probability that an answer is right, by gradient boosting (scikit-learn): more voters never make an answer less credible.
 
     The learnt answer scorer of a cascade (Chen et al., FrugalGPT, 2023), with a few dozen plain numbers in place of a language model.
-    `read`: also the answer's own text (`facts.of_options`), which may say more about who wrote the question than about the answer.
+    `read`: also the options' texts (`facts.LIST_FACTS`, `facts.of_options`), which may say more about who wrote the question than about
+    the answer.
     """
 
     def __init__(self, read: bool) -> None:
@@ -192,7 +195,7 @@ class Scorer:
             np.where(same, own[:, None, :], 0.0).max(axis=2),  # the most competent who says so
             same.sum(axis=2),
         )
-        place = np.array([[LETTERS.find(letter[:1]) for letter in row] for row in letters])
+        place = np.array([[LETTERS.find(letter[:1]) for letter in row] for row in letters], dtype=int).reshape(letters.shape)
         about = (
             rival,
             behind / np.maximum(weight.sum(axis=1), vote.LEAST)[:, None],
@@ -202,7 +205,8 @@ class Scorer:
             place,
         )
         parts = [_stand(workers, said, same, competence.shape[1]), np.stack(speaks_for, axis=2), np.stack(about, axis=2)]
-        parts.append(np.repeat(view.facts[:, None], letters.shape[1], axis=1))
+        told = view.facts if self._read else view.facts[:, : len(facts.FACTS)]
+        parts.append(np.repeat(told[:, None], letters.shape[1], axis=1))
         if self._read:
             parts.append(np.take_along_axis(view.looks, place.clip(0)[:, :, None], axis=1))
         return np.concatenate(parts, axis=2), said
@@ -233,6 +237,16 @@ def installed() -> bool:
     return importlib.util.find_spec("sklearn") is not None
 
 
+def _unheard(table: Table) -> str:
+    """Why a vote would be impossible or unfair, '' where it is not: somebody has a score alone where others have letters."""
+    if table.letters is None:
+        return "The table has scores alone, no letters to vote with."
+    said = np.array(table.letters) != ""
+    mute = ((table.right > 0) & ~said & said.any(axis=1, keepdims=True)).any(axis=0)
+    names = [model.name for model, alone in zip(table.models, mute, strict=True) if alone]
+    return f"Of {', '.join(names)} there are scores alone where others have letters." if names else ""
+
+
 def usual(table: Table, view: View, sizes: Sequence[int], sure: float) -> tuple[list[Best], dict[str, str]]:
     """(the policies of a report on this table, which others are left out and why).
 
@@ -248,8 +262,8 @@ def usual(table: Table, view: View, sizes: Sequence[int], sure: float) -> tuple[
     else:
         left_out["master"] = "The table has no texts of questions that it could read."
     counts = sorted({min(size, len(table.models)) for size in sizes} - {1})
-    if table.letters is None or not counts:
-        left_out["votes, cascade"] = "There is one model." if not counts else "The table has scores alone, no letters to vote with."
+    if why := "There is one model." if not counts else _unheard(table):
+        left_out["votes, cascade"] = why
         return made, left_out
     if not (learnt := installed()):
         missing = MissingExtra("A learnt vote", "compare")

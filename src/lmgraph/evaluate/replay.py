@@ -35,7 +35,7 @@ class View:
     features: Array
     """(Q, D) numbers made of the queries' texts alone"""
     facts: Array
-    """(Q, `facts.FACTS`) plain facts of the queries' texts; (Q, 0) where no letters are recorded that they could explain"""
+    """(Q, F) plain facts of the queries' texts: `facts.FACTS`, then `facts.LIST_FACTS`; (Q, 0) where no letters are recorded"""
     looks: Array
     """(Q, 26, `facts.OPTION_FACTS`) plain facts of the options, not-a-number for one that is not there; (Q, 0, 0) likewise"""
 

@@ -134,7 +134,9 @@ class Answering:
         if self.flight and not self.kept and plain and last.finish in ("stop", "length"):
             self.flight.land(Kept(self.node, text, last.finish, dict(last.usage), self.probability, trace))
         if self.memory:
-            await self.memory.remember(self.talk, text, self.node, trace)
+            decided = (trace.get("decision") or {}).get("node") or self.talk.ask.node
+            home = decided if trace.get("vote") and decided else self.node  # a voter only lends its worker: the talk stays where it belongs
+            await self.memory.remember(self.talk, text, home, trace)
         return trace
 
     def _headers(self) -> Headers:

@@ -237,7 +237,9 @@ def _replies() -> dict[str, Schema]:
     usage = _object(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE)
     message = _object({"tool_calls": _list({"type": "object"})}, role={"const": "assistant"}, content=_or_null(TEXT))
     choice = _object(index=WHOLE, message=message, finish_reason=TEXT)
-    step = _object(node=TEXT, request=TEXT, ms=NUMBER, first_ms=NUMBER, attempts=WHOLE, error=TEXT, usage={"type": "object"})
+    step = _object(
+        {"voter": FLAG}, node=TEXT, request=TEXT, ms=NUMBER, first_ms=NUMBER, attempts=WHOLE, error=TEXT, usage={"type": "object"}
+    )
     vote = _object(votes=_list(_object(node=TEXT, key=_or_null(TEXT), weight=NUMBER)), winner=TEXT, share=SHARE, judge=TEXT)
     traced = _object({"decision": _or_null(_ref("Decision")), "steps": _list(step), "vote": vote, "cache": FLAG})
     decision: dict[str, Schema] = {

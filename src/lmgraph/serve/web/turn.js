@@ -124,7 +124,8 @@ export class Turn {
     const last = steps.at(-1);
     if (!last) return;
     if (!last.error) this.answering(last.node);
-    const ms = steps.reduce((sum, step) => sum + step.ms, 0);
+    const together = Math.max(0, ...steps.filter((step) => step.voter).map((step) => step.ms)); // voters begin together
+    const ms = steps.reduce((sum, step) => sum + (step.voter ? 0 : step.ms), together);
     this.route.append(make("span", { class: "quiet" }, duration(ms)));
     if (last.usage?.completion_tokens !== undefined) this.route.append(make("span", { class: "quiet" }, plural(last.usage.completion_tokens, "token")));
   }
