@@ -18,7 +18,7 @@ from lmgraph.serve import responses, wire
 from lmgraph.serve.http import Headers, Request
 from lmgraph.serve.memory import Flight, Kept, Memory, Talk
 from lmgraph.serve.metrics import Metrics
-from lmgraph.types import Decision, Delta, Step
+from lmgraph.types import Decision, Delta, Progress, Step
 
 COUNTED = {"prompt_tokens": "prompt", "completion_tokens": "completion"}
 EVENTS = b"text/event-stream; charset=utf-8"
@@ -37,7 +37,7 @@ class Answering:
         self.probability: float | None = None
         self.decision: Decision | None = None
         self.steps: tuple[Step, ...] = ()
-        self._told = asyncio.Event() if chat.progress else None
+        self._news: asyncio.Queue[tuple[str, Mapping[str, Any]]] | None = asyncio.Queue() if chat.progress else None
 
     async def run(self, runtime: Runtime) -> None:
         """Answer. Raises what the runtime raises; what was sent until then is sent."""
@@ -45,7 +45,7 @@ class Answering:
         if self.talk.ask.node and not self.kept:
             self._at(self.talk.ask.node)
         try:
-            stream = _replay(self.kept) if self.kept else runtime.answer(self.talk.ask, self._decided, self._at)
+            stream = _replay(self.kept) if self.kept else runtime.answer(self.talk.ask, self._decided, self._at, self._walks)
             async with aclosing(stream):
                 first = await self._first(stream)
                 metrics.first_piece.observe(time.perf_counter() - began)
@@ -72,24 +72,32 @@ class Answering:
     def _decided(self, decision: Decision) -> None:
         self.decision, self.probability = decision, decision.probability
         self._at(decision.node)
-        if self._told:
-            self._told.set()
+        if self._news:
+            self._news.put_nowait(("decision", decision.to_json()))
+
+    def _walks(self, event: Progress) -> None:
+        if event.kind == "began":
+            self._at(event.node)
+        if self._news:
+            self._news.put_nowait(("progress", event.to_json()))
 
     async def _first(self, stream: AsyncGenerator[Delta, None]) -> Delta:
-        """The first piece. A client that wants to watch gets the stream's beginning and the decision while it waits."""
+        """The first piece. A client that wants to watch gets the stream's beginning, the decision and the steps while it waits."""
         if self.kept:
             self._at(self.kept.node)
             self.probability = self.kept.probability
-        if self._told is None or self.kept:
+        if self._news is None or self.kept:
             return await anext(stream)
         await self.request.start(200, EVENTS, self._headers())
-        piece, told = asyncio.ensure_future(anext(stream)), asyncio.create_task(self._told.wait())
+        writer = wire.Writer(f"chatcmpl-{self.request.id}", wire.MODEL, int(time.time()))
+        piece, told = asyncio.ensure_future(anext(stream)), asyncio.ensure_future(self._news.get())
         try:
-            await asyncio.wait({piece, told}, return_when=asyncio.FIRST_COMPLETED)
-            if self.decision:
-                writer = wire.Writer(f"chatcmpl-{self.request.id}", wire.MODEL, int(time.time()))
-                await self.request.piece(writer.decision(self.decision.to_json()))
-            return await piece
+            while True:
+                await asyncio.wait({piece, told}, return_when=asyncio.FIRST_COMPLETED)
+                if not told.done():
+                    return await piece
+                await self.request.piece(writer.news(*told.result()))
+                told = asyncio.ensure_future(self._news.get())
         finally:
             for task in (piece, told):
                 task.cancel()

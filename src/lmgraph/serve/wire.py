@@ -25,6 +25,7 @@ from lmgraph.errors import (
     UserError,
     WorkerTimeout,
 )
+from lmgraph.graph import MODES
 from lmgraph.types import Ask, Delta, Message
 
 MODEL = "lmgraph"
@@ -48,7 +49,7 @@ class Chat:
     conversation: str = ""
     """the client's name for it, '' for none"""
     progress: bool = False
-    """a stream that begins at once, with the decision as its first piece"""
+    """a stream that begins at once, with the decision as its first piece and then every step of a walk"""
 
 
 def load(body: bytes) -> dict[str, Any]:
@@ -88,8 +89,11 @@ def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
     own = dict(take(given, MODEL, dict, {}))
     trace, progress = take(own, "trace", bool, False, f"{MODEL}."), take(own, "progress", bool, False, f"{MODEL}.")
     conversation = conversation_of(take(own, "conversation", str, "", f"{MODEL}."))
+    mode = take(own, "mode", str, "", f"{MODEL}.")
+    if mode and mode not in MODES:
+        raise RequestError(f"lmgraph.mode is {mode!r:.40}; valid: {', '.join(MODES)}.", param=f"{MODEL}.mode")
     if own:
-        raise RequestError(f"lmgraph.{next(iter(own))!s:.40} is unknown; valid: trace, progress, conversation.", param=MODEL)
+        raise RequestError(f"lmgraph.{next(iter(own))!s:.40} is unknown; valid: trace, progress, conversation, mode.", param=MODEL)
     limit = number(given, "max_completion_tokens", 1, 1_000_000, whole=True)
     shorter = number(given, "max_tokens", 1, 1_000_000, whole=True)
     stream = take(given, "stream", bool, False)
@@ -104,6 +108,7 @@ def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
         options={name: value for name, value in given.items() if value is not None},
         needs=frozenset(needs),
         whole=not stream,
+        mode=mode,
     )
     return Chat(ask, stream, stream_options.get("include_usage") is True, trace, conversation, progress and stream)
 
@@ -224,9 +229,9 @@ class Writer:
         self._text = self._chunk + '[{"index":0,"delta":{"content":'
         self._first = True
 
-    def decision(self, decision: Mapping[str, Any]) -> bytes:
-        """The decision as a piece of a stream, before any piece of the answer."""
-        return f'{self._chunk}[],"lmgraph":{{"decision":{_dump(decision)}}}}}\n\n'.encode()
+    def news(self, kind: str, what: Mapping[str, Any]) -> bytes:
+        """The decision, or what a walk is at (`kind`: decision, progress), as a piece of a stream before any piece of the answer."""
+        return f'{self._chunk}[],"lmgraph":{{"{kind}":{_dump(what)}}}}}\n\n'.encode()
 
     def chunk(self, delta: Delta) -> bytes:
         """A piece of a stream, as a server-sent event; b'' where there is nothing to say."""
