@@ -148,13 +148,7 @@ class Walking:
     # -- planned ------------------------------------------------------------------------------------------------------------------
 
     async def _planned(self, first: Decision) -> AsyncGenerator[Delta | Step | Walk, None]:
-        decisions = [first]
-        while len(decisions) < self.spec.hops and (decisions[-1].more is None or decisions[-1].more >= MORE):
-            passed = [Passed(made.node, made.written) for made in decisions]
-            made = await self.master.decide(self.ask.query, decisions[-1].node, trace=passed, rewriting=True, ahead=True)
-            if made.node == END:
-                break
-            decisions.append(made)
+        decisions = await decide_all(self.master, self.ask.query, first, self.spec.hops)
         needs = [tuple(need for need in plan.needs(made.rewritten) if need < number) for number, made in enumerate(decisions)]
         self._hops = [Hop(made.node, made.rewritten, need, made.probability) for made, need in zip(decisions, needs, strict=True)]
         self._told(Progress("plan", hops=tuple(self._hops)))
@@ -342,6 +336,18 @@ class Walking:
             if self._left() > 0:
                 raise
             return None
+
+
+async def decide_all(master: Master, query: str, first: Decision, most: int) -> list[Decision]:
+    """A plan: the decisions for every step from `first` (made with `ahead`) to the end or to `most` of them, before any is answered."""
+    decisions = [first]
+    while len(decisions) < most and (decisions[-1].more is None or decisions[-1].more >= MORE):
+        passed = [Passed(made.node, made.written) for made in decisions]
+        made = await master.decide(query, decisions[-1].node, trace=passed, rewriting=True, ahead=True)
+        if made.node == END:
+            break
+        decisions.append(made)
+    return decisions
 
 
 async def _together(works: Sequence[Any]) -> list[_Done]:
