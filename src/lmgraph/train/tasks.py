@@ -88,5 +88,5 @@ def encode(task: Task, vocabulary: tokens.Vocabulary, encode_text: Encode, limit
 
 
 def forms(tasks: Sequence[Task]) -> list[str]:
-    """A form for each task: of ten five plans, four walks, one bare (in turn, so that every file has its share)."""
-    return [("plan", "walk")[number % 2] if number % 10 != 9 else "bare" for number in range(len(tasks))]
+    """A form for each task: a walk where answers are recorded, else a plan; every tenth is bare."""
+    return ["bare" if number % 10 == 9 else "walk" if task.answers else "plan" for number, task in enumerate(tasks)]
