@@ -7,6 +7,7 @@ Ito 2008) and never carry a meaning alone: names, marks or numbers say it too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, product
 from typing import Any
 
 from lmgraph.evaluate import statistics
@@ -93,38 +94,54 @@ def frontier(points: Sequence[Mapping[str, Any]], cost: str, value: str, title: 
         if p.get("interval"):
             axes.plot([p["cost"]] * 2, [bound * 100 for bound in p["interval"]], "-", color=colour, alpha=0.5, zorder=2)
         axes.plot([p["cost"]], [p["value"] * 100], mark, color=colour, markersize=7, zorder=3)
-    _annotate(axes, [(p["cost"], p["value"] * 100, p["name"]) for p in points], log)
     axes.margins(0.12)
     axes.grid(color="#eeeeee")
     axes.set(xlabel=cost, ylabel=f"{value} (%)")
     axes.set_title(title, fontsize=11)
     axes.legend(loc="lower right", frameon=False)
+    _annotate(axes, [(p["cost"], p["value"] * 100, p["name"]) for p in points], [(p["cost"], p["value"] * 100) for p in line])
     return figure
 
 
-def _annotate(axes: Any, points: Sequence[tuple[float, float, str]], log: bool) -> None:
-    """Names beside points, from the top down, pushed apart where they would lie on each other."""
-    import math
+def _annotate(axes: Any, points: Sequence[tuple[float, float, str]], line: Sequence[tuple[float, float]]) -> None:
+    """Names as near to their points as they fit without lying on other names, on points or on the line; far ones with a pointer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
 
-    xs = [math.log10(x) if log else x for x, _, _ in points]
-    wide, high = (max(xs) - min(xs)) or 1.0, (max(y for _, y, _ in points) - min(y for _, y, _ in points)) or 1.0
-    placed: list[tuple[float, float]] = []
-    for x, (cost, value, name) in sorted(zip(xs, points, strict=True), key=lambda item: -item[1][1]):
-        y = value
-        while any(abs(x - other) < 0.25 * wide and abs(y - height) < 0.045 * high for other, height in placed):
-            y -= 0.045 * high
-        placed.append((x, y))
-        left = x > max(xs) - 0.2 * wide
-        axes.annotate(
-            name,
-            (cost, value),
-            xytext=(cost, y),
-            textcoords="data",
-            fontsize=8,
-            ha="right" if left else "left",
-            va="bottom",
-            color="black",
-        )
+    figure = axes.figure
+    canvas: Any = FigureCanvasAgg(figure)  # untyped
+    renderer = canvas.get_renderer()
+    figure.draw_without_rendering()  # only now the axes lie where they will
+    pixel, dot = axes.transData.transform, figure.dpi / 72
+
+    def around(x: float, y: float, size: float) -> Any:
+        return Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size)
+
+    spots = [pixel((x, y)) for x, y, _ in points]
+    taken = [around(spot[0], spot[1], 5 * dot) for spot in spots]
+    corners = [pixel(corner) for corner in line]
+    for (x0, y0), (x1, y1) in pairwise(corners):
+        steps = max(1, round(max(abs(x1 - x0), abs(y1 - y0)) / (6 * dot)))
+        taken += [around(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps, 2 * dot) for i in range(1, steps)]
+    beside = [("left", "center", 1, 0), ("right", "center", -1, 0), ("center", "bottom", 0, 1), ("center", "top", 0, -1)]
+    beside += [(where, side, dx, dy) for where, dx in (("left", 1), ("right", -1)) for side, dy in (("bottom", 1), ("top", -1))]
+    for x, y, name in sorted(points, key=lambda point: -point[1]):
+        for away, (where, side, dx, dy) in product((7, 16, 28, 42, 60, 80), beside):
+            pointer = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5} if away > 16 else None
+            text = axes.annotate(
+                name, (x, y), (dx * away, dy * away), textcoords="offset points", fontsize=8, ha=where, va=side, arrowprops=pointer
+            )
+            text.set_in_layout(False)  # else the axes would make room for it, and move
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # the name's alone, without its pointer
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:  # nowhere: better on something than not at all
+            box = axes.annotate(name, (x, y), (7, 0), textcoords="offset points", fontsize=8, va="center").get_window_extent(renderer)
+        taken.append(box)
 
 
 def bars(groups: Mapping[str, Mapping[str, float | None]], value: str, title: str) -> Any:
