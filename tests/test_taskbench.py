@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmgraph import graphfile
@@ -120,6 +120,7 @@ def test_needs_come_from_references_and_links_and_steps_run_after_what_they_need
     assert [(step.node, step.needs) for step in made.steps] == expected
 
 
+@settings(deadline=None)
 @given(st.permutations(range(5)), st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=5, max_size=5))
 def test_however_steps_are_listed_each_comes_after_those_that_it_refers_to(tmp_path_factory: pytest.TempPathFactory, order: list[int],
                                                                          flags: list[list[bool]]) -> None:
@@ -167,6 +168,7 @@ def test_edges_are_links_and_what_tasks_that_training_may_see_need_besides(tmp_p
     assert set(hidden.edges["start"]) == {"Image_Downloader", "send_sms"} and check(hidden) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text("abc", min_size=1, max_size=6), st.lists(st.sampled_from([n["id"] for n in NODES]), min_size=1, max_size=7)),
                 min_size=1, max_size=8))
 def test_every_graph_is_whole_and_leads_along_all_tasks_that_training_may_see(tmp_path_factory: pytest.TempPathFactory,
@@ -242,7 +244,8 @@ def test_graph_and_tasks_are_written_with_the_commands_that_go_on(lmgraph: Comma
     assert found.code == 0 and "wrote out/graph.yaml" in found.out and "left out: 1 task with a node that the graph has not" in found.err
     assert "lmgraph train tune -g out/graph.yaml --data out/examples.jsonl --tasks out/tasks.jsonl --out out/bundle" in found.err
     assert "lmgraph evaluate plans out/tasks.jsonl -g out/graph.yaml --kept" in found.err
-    assert lmgraph("graph", "check", "out/graph.yaml").code == 0
+    untrained = lmgraph("evaluate", "plans", "out/tasks.jsonl", "-g", "out/graph.yaml", "--contestant", "master")
+    assert untrained.code == 1 and "Master bundle 'bundle' not found" in untrained.err and "lmgraph train tune" in untrained.err
     again = lmgraph("evaluate", "plans", "--data", "bench", "--write", "out")
     assert again.code == 2 and "exists" in again.err and "--write DIR" in again.err
     found = lmgraph("evaluate", "plans", "--data", "bench", "--write", "other", "--json")
