@@ -198,9 +198,19 @@ class Session:
         return Choice(found, took, int(timings.get("prompt_n", 0)), int(timings.get("cache_n", 0)))
 
     async def generate(
-        self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, want_ids: bool = False, forbidden: Sequence[int] = ()
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        want_ids: bool = False,
+        forbidden: Sequence[int] = (),
+        grammar: str = "",
     ) -> AsyncGenerator[Piece, None]:
-        """Stream an answer to `ids`, greedy at temperature 0. Leaving the stream stops the engine."""
+        """Stream an answer to `ids`, greedy at temperature 0. Leaving the stream stops the engine.
+
+        `grammar`: the answer is a text of this grammar (llama.cpp's GBNF), or the beginning of one where it is cut off at `max_tokens`.
+        """
         engine = self._engine
         body: dict[str, Any] = {
             "prompt": list(ids),
@@ -214,6 +224,8 @@ class Session:
             body["n_probs"] = 1
         if forbidden:
             body["logit_bias"] = [[i, False] for i in forbidden]
+        if grammar:
+            body["grammar"] = grammar
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
         left = threading.Event()
