@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmgraph import graphschema
+from lmgraph.graph import MODES
 from lmgraph.serve import responses, wire
 
 Schema = dict[str, Any]
@@ -34,7 +35,9 @@ def taken(nodes: Sequence[str]) -> dict[str, Schema]:
     ]
     asked = record(role={"const": "user"}, content={"anyOf": [question, {"type": "array", "minItems": 1}]})
     said = {"type": "array", "minItems": 1, "maxItems": wire.MAX_MESSAGES, "contains": asked}
-    own = {"trace": FLAG, "conversation": name}
+    how = {"enum": list(MODES), "description": "how it is answered, whatever the graph says; a walk begins with a conversation"}
+    own: dict[str, Schema] = {"trace": FLAG, "conversation": name, "mode": how}
+    watching = {**FLAG, "description": "a stream begins with the decision, then tells the steps of a walk as they begin and end"}
     text = {"format": record(type={"const": "text"}), "verbosity": {"const": "medium"}}
     metadata = {"maxProperties": 16, "propertyNames": {"maxLength": 64}, "additionalProperties": {"type": "string", "maxLength": 512}}
     return {
@@ -45,7 +48,7 @@ def taken(nodes: Sequence[str]) -> dict[str, Schema]:
                 "max_completion_tokens": count,
                 "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 128},
                 "stream_options": or_null(record({"include_usage": FLAG})),
-                "lmgraph": {**record({**own, "progress": FLAG}), "additionalProperties": False},
+                "lmgraph": {**record({**own, "progress": watching}), "additionalProperties": False},
             },
             messages={**said, "items": _message(wire.ROLES, {"anyOf": [TEXT, {"type": "array", "items": {"oneOf": parts}}]})},
         ),
@@ -103,11 +106,21 @@ def answered() -> dict[str, Schema]:
     usage = record(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE)
     message = record({"tool_calls": array({"type": "object"})}, role={"const": "assistant"}, content=or_null(TEXT))
     choice = record(index=WHOLE, message=message, finish_reason=TEXT)
+    asked = {"node": TEXT, "request": TEXT}
     step = record(
-        {"voter": FLAG}, node=TEXT, request=TEXT, ms=NUMBER, first_ms=NUMBER, attempts=WHOLE, error=TEXT, usage={"type": "object"}
+        {"voter": FLAG, "hop": WHOLE, "answer": TEXT},
+        **asked,
+        ms=NUMBER,
+        first_ms=NUMBER,
+        attempts=WHOLE,
+        error=TEXT,
+        usage={"type": "object"},
     )
     vote = record(votes=array(record(node=TEXT, key=or_null(TEXT), weight=NUMBER)), winner=TEXT, share=SHARE, judge=TEXT)
-    traced = record({"decision": or_null(ref("Decision")), "steps": array(step), "vote": vote, "cache": FLAG})
+    hop = record(**asked, needs=array(WHOLE), probability=SHARE)
+    stopped = {"enum": ["end", "hops", "seconds", "tokens", "cost", "loop"]}
+    walk = record(mode={"enum": ["walk", "plan"]}, stopped=stopped, compose=TEXT, hops=array(hop))
+    traced = record({"decision": or_null(ref("Decision")), "steps": array(step), "vote": vote, "walk": walk, "cache": FLAG})
     decision: dict[str, Schema] = {
         **dict.fromkeys(("node", "query", "rewritten", "chosen", "rewrite_note"), TEXT),
         **{"token": WHOLE, "shortened": WHOLE, "fallback": FLAG, "stayed": FLAG, "probability": SHARE},
@@ -150,7 +163,7 @@ def answered() -> dict[str, Schema]:
         "Error": record(error=told),
         "ChatCompletion": answer,
         "Response": response,
-        "Decision": record({"scope": NUMBER}, **decision),
+        "Decision": record({"scope": NUMBER, "more": SHARE}, **decision),
         "DecisionList": listed(ref("Decision")),
         "Models": listed(model),
         "GraphAnswer": record(object={"const": "graph"}, version={"type": "string", "pattern": "^[0-9a-f]{12}$"}, **shown),
