@@ -218,8 +218,8 @@ class Progress:
         if self.kind == "plan":
             return {"kind": "plan", "hops": [{"node": hop.node, "request": hop.request, "needs": list(hop.needs)} for hop in self.hops]}
         out: dict[str, Any] = {"kind": self.kind, "hop": self.hop, "node": self.node, "request": self.request}
-        if self.step:
-            out |= {"ms": round(self.step.ms, 1), "error": self.step.error, "answer": self.step.answer}
+        if self.step:  # the node that answered may be another one: the hop's fallback
+            out |= {"node": self.step.node, "ms": round(self.step.ms, 1), "error": self.step.error, "answer": self.step.answer}
         return out
 
 
