@@ -24,7 +24,7 @@ from lmgraph.types import Passed
 
 @asynccontextmanager
 async def master_of(path: Path, text: str | None = None, slots: int = 2, context: int = 1024):  # type: ignore[no-untyped-def]
-    engine = await Engine.open(path, context=context, slots=slots, threads=2)
+    engine = await Engine.open(path, context=context, slots=slots, threads=1)  # two wait for each other where other work runs beside them
     try:
         yield Master(engine, bundles.vocabulary_of(path), graphfile.loads(text or toy_graph(path)))
     finally:

@@ -165,13 +165,13 @@ class Master:
         ids = await self.engine.tokenise(body.text, body.special)
         kept, left_out = prompts.shorten(ids, QUERY_LIMIT)
         whole = await self._fixed(head) + kept + await self._fixed(tail)
-        room = self.engine.context - len(whole) - len(kept) - REQUEST_ROOM
-        steps: list[list[int]] = []
-        for step in reversed(trace):
-            told = await self._told(step)
-            steps.append(told if len(told) <= room else await self._told(Passed(step.node)))
-            room -= len(steps[-1])
-        return [*whole, *(i for told in reversed(steps) for i in told)], len(ids), left_out
+        steps = [await self._told(Passed(step.node)) for step in trace]
+        room = self.engine.context - len(whole) - len(kept) - REQUEST_ROOM - sum(map(len, steps))
+        for number in reversed(range(len(steps))):
+            told = await self._told(trace[number])
+            if (more := len(told) - len(steps[number])) <= room:
+                steps[number], room = told, room - more
+        return [*whole, *(i for told in steps for i in told)], len(ids), left_out
 
     async def _told(self, step: Passed) -> list[int]:
         """Ids of a finished step."""
