@@ -270,14 +270,20 @@ def _piece(chunk: dict[str, Any]) -> Piece:
     )
 
 
+def too_long(tokens: int, path: Path, room: int) -> EngineError:
+    """The error of a text that has no room in a loaded model."""
+    return EngineError(
+        f"The text has {tokens} tokens; {path.name} is loaded with room for {room}, its answer included.",
+        "Shorten the text, or give this node a model with a longer context.",
+        too_long=True,
+    )
+
+
 def _raise_error(answer: Any, path: Path) -> None:
     if isinstance(answer, dict) and "error" in answer:
         error = answer["error"]
         if isinstance(error, dict) and error.get("type") == "exceed_context_size_error":
-            raise EngineError(
-                f"The text has {error.get('n_prompt_tokens')} tokens; {path.name} is loaded with room for {error.get('n_ctx')}.",
-                "Shorten the text, or give this node a model with a longer context.",
-            )
+            raise too_long(error.get("n_prompt_tokens", 0), path, error.get("n_ctx", 0))
         message = error.get("message", error) if isinstance(error, dict) else error
         raise EngineError(f"llama.cpp refused a request to {path.name}: {message}")
 

@@ -180,7 +180,8 @@ def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "
 def notes(graph: Graph) -> list[str]:
     """What is no problem, and worth knowing before a walk: dead ends, and cycles that only the limit of hops stops."""
     out: list[str] = []
-    if not any(spec.mode in WALKS for _, spec in [((), graph.answer), *_answers(graph)]):
+    hops = max((spec.hops for _, spec in _answers(graph) if spec.mode in WALKS), default=0)
+    if not hops:
         return out
     if dead := [name for name in graph.nodes if not graph.neighbours(name)]:
         out.append(
@@ -199,7 +200,7 @@ def notes(graph: Graph) -> list[str]:
             seen |= together
             out.append(
                 f"{len(together)} nodes lie on cycles, such as {' -> '.join(ring)}: a walk there goes on until the master chooses the end, "
-                f"or to the limit of {graph.answer.hops} hops"
+                f"or to the limit of {hops} hops"
             )
     return out
 

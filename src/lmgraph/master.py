@@ -24,9 +24,9 @@ QUERY_LIMIT = 256
 """query tokens that the master reads; longer queries are shortened for the decision only"""
 REWRITE_LIMIT = 160
 """query tokens up to which `rewrite: auto` writes a new query: a longer one carries its own context"""
+REQUEST_ROOM = 48
+"""tokens that a request may have besides as many as its query has, before the trace of a walk is told more briefly"""
 MAX_CHARACTERS = 200_000
-ANSWER_CHARACTERS = 2_000
-"""of a step's answer that are looked at for its digest"""
 MORE = 0.5
 """probability of another step from which on a query counts as a task of several steps"""
 TOP = 20
@@ -96,7 +96,7 @@ class Master:
             if ahead and chosen != END:
                 more = await self._more(session, prompt, chosen, said.ids)
             if chosen != END:
-                said = said.checked(query, bool(trace) or (more or 0.0) >= MORE, fallback)
+                said = said.checked(query, len(trace) if trace or (more or 0.0) >= MORE else None, fallback)
             done = time.perf_counter()
         return Decision(
             query=query,
@@ -117,7 +117,7 @@ class Master:
             prefill_ms=(decided - started) * 1000,
             decode_ms=(done - decided) * 1000,
             prompt_tokens=len(prompt),
-            rewrite_tokens=len(said.ids),
+            rewrite_tokens=said.count,
         )
 
     def _following(self, at: str, among: Sequence[str] | None, ending: bool) -> list[str]:
@@ -150,25 +150,36 @@ class Master:
             return 0.0
         if END not in names:
             return 1.0
-        following = [i for segment in prompts.passed("", self.vocabulary.dialect) for i in await self._fixed(segment)]
-        ranked, _ = await self._choose(session, [*prompt, self._id(chosen), *written, self.vocabulary.end_id, *following], names)
+        ids = [*prompt, *await self._told(Passed(chosen, tuple(written)))]
+        if len(ids) >= self.engine.context:
+            ids = [*prompt, *await self._told(Passed(chosen))]
+        ranked, _ = await self._choose(session, ids, names)
         return 1.0 - dict(ranked).get(END, 0.0)
 
     def _id(self, name: str) -> int:
         return self.vocabulary.end_id if name == END else self.vocabulary.first_id + self.graph.nodes[name].token
 
     async def prompt(self, query: str, trace: Sequence[Passed] = ()) -> tuple[list[int], int, int]:
-        """(ids of the whole prompt, query tokens, query tokens left out)."""
+        """(ids of the whole prompt, query tokens, query tokens left out). The oldest steps of too long a trace are names only."""
         head, body, tail = prompts.render(query, self.vocabulary.dialect)
         ids = await self.engine.tokenise(body.text, body.special)
         kept, left_out = prompts.shorten(ids, QUERY_LIMIT)
         whole = await self._fixed(head) + kept + await self._fixed(tail)
-        for step in trace:
-            whole += [self._id(step.node), *step.written, self.vocabulary.end_id]
-            for segment in prompts.passed(step.answer[:ANSWER_CHARACTERS], self.vocabulary.dialect):
-                told = await self._fixed(segment) if segment.special else await self.engine.tokenise(segment.text)
-                whole += told if segment.special else prompts.shorten(told, prompts.ANSWER_LIMIT)[0]
-        return whole, len(ids), left_out
+        steps = [await self._told(Passed(step.node)) for step in trace]
+        room = self.engine.context - len(whole) - len(kept) - REQUEST_ROOM - sum(map(len, steps))
+        for number in reversed(range(len(steps))):
+            told = await self._told(trace[number])
+            if (more := len(told) - len(steps[number])) <= room:
+                steps[number], room = told, room - more
+        return [*whole, *(i for told in steps for i in told)], len(ids), left_out
+
+    async def _told(self, step: Passed) -> list[int]:
+        """Ids of a finished step."""
+        ids = [self._id(step.node), *step.written, self.vocabulary.end_id]
+        for segment in prompts.passed(step.answer, self.vocabulary.dialect):
+            told = await self._fixed(segment) if segment.special else await self.engine.tokenise(segment.text)
+            ids += told if segment.special else prompts.shorten(told, prompts.ANSWER_LIMIT)[0]
+        return ids
 
     async def _fixed(self, segment: prompts.Segment) -> list[int]:
         if segment.text not in self._template:
@@ -215,27 +226,32 @@ class Master:
         finally:
             await stream.aclose()
         parsed = parser.parsed
-        return _Said(tokens.unquote(vocabulary.dialect, text), parsed.text_ids, parsed.finished or stopped)
+        text, finished = tokens.unquote(vocabulary.dialect, text), parsed.finished or stopped
+        astray = not finished or rewrite.loops(text)  # a walk would be led astray by what is cut off or loops
+        return _Said(text, () if astray else parsed.text_ids, finished, count=len(parsed.text_ids))
 
 
 @dataclass(frozen=True)
 class _Said:
-    """What the master wrote for a worker; without ids it wrote nothing, and `note` says why."""
+    """What the master wrote for a worker; `note` says why nothing. `ids` are what a walk goes on from, `count` how many were written."""
 
     text: str
     ids: tuple[int, ...] = ()
     finished: bool = True
     note: str = ""
+    count: int = 0
 
-    def checked(self, query: str, part: bool, fallback: bool) -> _Said:
-        """The request, or the original query where the guard objects. `part`: one step of several asks only a part of the query."""
+    def checked(self, query: str, earlier: int | None, fallback: bool) -> _Said:
+        """The request, or the original query where the guard objects. `earlier`: steps before this one of several, None for an only one."""
         if fallback:
             return replace(self, text=query, note="fallback: the original query")
         if self.note:
             return self
-        complaint = (rewrite.check_part if part else rewrite.check)(query, self.text, self.finished)
-        ids = self.ids if self.finished and not rewrite.loops(self.text) else ()  # what is cut off or loops would lead the walk on astray
-        return replace(self, text=query if complaint else self.text, note=complaint, ids=ids)
+        if earlier is None:
+            complaint = rewrite.check(query, self.text, self.finished)
+        else:
+            complaint = rewrite.check_part(query, self.text, self.finished, earlier)
+        return replace(self, text=query if complaint else self.text, note=complaint)
 
 
 def fits(graph: Graph, vocabulary: Vocabulary) -> None:

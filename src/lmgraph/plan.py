@@ -6,12 +6,10 @@ token, with the needs written down). It knows no master, no worker and no clock.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-PLACE = re.compile(r"\{(\d{1,2})\}")
-"""where an earlier answer goes in a request"""
+from lmgraph.rewrite import PLACE
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,9 @@ def waves(steps: Sequence[Request]) -> list[list[int]]:
 
 
 def fill(text: str, answers: Mapping[int, str], limit: int) -> str:
-    """The request with earlier answers in it, each of at most `limit` characters: what was cut off, or is missing, is said."""
-    return PLACE.sub(lambda match: cut(answers[int(match[1])], limit) if int(match[1]) in answers else "(no answer)", text)
+    """The request with earlier answers in it, `limit` characters of them in all: what was cut off, or is missing, is said."""
+    share = limit // max(1, sum(int(number) in answers for number in PLACE.findall(text)))
+    return PLACE.sub(lambda match: cut(answers[int(match[1])], share) if int(match[1]) in answers else "(no answer)", text)
 
 
 def cut(text: str, limit: int) -> str:

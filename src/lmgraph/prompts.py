@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 ANSWER_LIMIT = 40
 """tokens of a step's answer that the master sees when it chooses what comes next"""
+ANSWER_CHARACTERS = 2_000
+"""of a step's answer that are looked at for them"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def render(query: str, dialect: str = "lmgraph") -> tuple[Segment, Segment, Segm
 def passed(answer: str, dialect: str = "lmgraph") -> tuple[Segment, ...]:
     """Segments after the decision of a finished step: its answer (left out where there is none yet, as in a plan), then the tail."""
     template = TEMPLATES[dialect]
-    told = (Segment(template.answer, True), Segment(answer, False)) if answer else ()
+    told = (Segment(template.answer, True), Segment(answer[:ANSWER_CHARACTERS], False)) if answer else ()
     return (*told, Segment(template.tail, True))
 
 

@@ -108,7 +108,7 @@ async def _ask(
                 print(json.dumps({"answer": answer, "finish": finish, "trace": trace.to_json()}, ensure_ascii=False))
                 return
             out("\n")
-            if finish == "length":
+            if finish == "length" and not (trace.walk and trace.walk.stopped == "seconds"):
                 console.print("(the answer was cut at --max-tokens)", style="yellow")
             if trace.vote:
                 console.print(vote_lines(trace.vote))

@@ -117,6 +117,7 @@ class Steps:
     def __init__(self) -> None:
         self._rows: dict[int, tuple[str, str, float, Step | None]] = {}
         self._live: Live | None = None
+        self._over = False
 
     def __call__(self, event: Moment) -> None:
         """Take note of what the walk is at."""
@@ -130,12 +131,13 @@ class Steps:
         if not console.is_terminal:
             if event.kind != "plan":
                 console.print(self._line(event.hop))
-        elif self._live is None:
+        elif self._live is None and not self._over:
             self._live = Live(get_renderable=self.tree, console=console, refresh_per_second=8, redirect_stdout=False)
             self._live.start()
 
     def stop(self) -> None:
-        """Leave the tree as it is: what follows is the answer."""
+        """Leave the tree as it is: what follows is the answer, and no tree is drawn behind it."""
+        self._over = True
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -55,7 +55,7 @@ def _parse(row: Mapping[str, Any], where: str) -> Task:
         needs = step.get("needs", []) if isinstance(step, dict) else None
         if not isinstance(node, str) or not node or not isinstance(text, str) or not isinstance(answer, str):
             raise DataError(f"{where}: step {number} needs a string `node`; `rewrite` and `answer` are strings where given.", EXPECTED)
-        if not isinstance(needs, list) or not all(isinstance(need, int) and 0 <= need < number for need in needs):
+        if not isinstance(needs, list) or not all(type(need) is int and 0 <= need < number for need in needs):
             raise DataError(f"{where}: step {number} needs {json.dumps(needs)}, expected numbers of steps before it, from 0.", EXPECTED)
         if text and set(needs) != set(plan.needs(text)):
             raise DataError(

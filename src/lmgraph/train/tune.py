@@ -27,12 +27,12 @@ from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
 from lmgraph.train import tasks
+from lmgraph.train.loss import batches, loss_of, validate
 from lmgraph.train.model import LINEAR, Master, fast_bf16, load_base
 from lmgraph.train.plot import plot
 
 try:
     import torch
-    import torch.nn.functional as F
 except ImportError as error:  # pragma: no cover - exercised by the test of missing extras in a subprocess
     raise MissingExtra("Training a master", "train") from error
 
@@ -70,91 +70,6 @@ class Recipe:
     """of the matrix products: fp32, bf16, or auto (bf16 where the processor has instructions for it); what is learnt stays fp32"""
     checkpoint_minutes: float = 4.0
     validate_every: int = 200
-
-
-def batches(encoded: Sequence[data.Encoded], budget: int, rng: random.Random) -> list[list[int]]:
-    """Indices in batches of at most `budget` padded tokens, similar lengths together, batches in random order."""
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids) + rng.random() * 4, i))
-    out: list[list[int]] = []
-    batch: list[int] = []
-    for index in order:
-        longest = max(len(encoded[index].ids), *(len(encoded[i].ids) for i in batch)) if batch else len(encoded[index].ids)
-        if batch and longest * (len(batch) + 1) > budget:
-            out.append(batch)
-            batch = []
-        batch.append(index)
-    if batch:
-        out.append(batch)
-    rng.shuffle(out)
-    return out
-
-
-def _pad(rows: Sequence[data.Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        mask[i, : len(row.ids)] = 1
-    return ids, mask
-
-
-def loss_of(master: Master, rows: Sequence[data.Encoded], vocabulary: Vocabulary, recipe: Recipe) -> tuple[torch.Tensor, float, float]:
-    """(loss, choice loss, rewrite loss) of a batch; choice over the whole vocabulary, smoothed over the graph's nodes."""
-    ids, mask = _pad(rows, 0)
-    states = master.states(ids, mask)
-    each, where = _places(rows)
-    logits = F.log_softmax(master.scores(states[each, where - 1]), dim=-1)
-    target = ids[each, where]
-    known = torch.tensor([vocabulary.first_id + token for token in vocabulary.nodes.values()])
-    eps = recipe.smoothing
-    choice = -((1 - eps) * logits[torch.arange(len(target)), target] + eps * logits[:, known].mean(-1)).mean()
-    rewrite = torch.zeros(())
-    if places := [(row, i) for row, encoded in enumerate(rows) for span in encoded.written for i in span]:
-        at = torch.tensor(places)
-        rewrite = F.cross_entropy(master.scores(states[at[:, 0], at[:, 1] - 1]), ids[at[:, 0], at[:, 1]])
-    return choice + recipe.rewrite_weight * rewrite, float(choice.detach()), float(rewrite.detach())
-
-
-def _places(rows: Sequence[data.Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, index) of every choice in a batch."""
-    return (
-        torch.tensor([row for row, encoded in enumerate(rows) for _ in encoded.choices]),
-        torch.tensor([i for encoded in rows for i in encoded.choices]),
-    )
-
-
-@torch.no_grad()
-def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabulary, budget: int = 4096) -> dict[str, float]:
-    """Choice accuracy and log loss, as serving would choose: first among the nodes, then among the nodes and the end.
-
-    Where walks are longer than one choice: `next`, accuracy of choices after the first when all before them were right, and `whole`,
-    the share of walks without a wrong choice.
-    """
-    master.eval()
-    known = torch.tensor([*(vocabulary.first_id + token for token in vocabulary.nodes.values()), vocabulary.end_id])
-    shown = [data.Encoded(row.ids[: row.choices[-1] + 1], row.choices) for row in encoded]
-    first, following, whole = 0, 0, 0
-    loss = 0.0
-    for batch in batches(shown, budget, random.Random(0)):
-        rows = [shown[i] for i in batch]
-        ids, mask = _pad(rows, 0)
-        each, where = _places(rows)
-        scores = master.scores(master.states(ids, mask)[each, where - 1])[:, known]
-        opening = where == torch.tensor([row.start for row in rows])[each]
-        scores[opening, -1] = -torch.inf  # a walk has at least one step
-        logits = F.log_softmax(scores, dim=-1)
-        target = (known.unsqueeze(0) == ids[each, where].unsqueeze(1)).int().argmax(1)
-        right = logits.argmax(1) == target
-        first += int(right[opening].sum())
-        following += int(right[~opening].sum())
-        whole += len(rows) - len(each[~right].unique())
-        loss -= float(logits[torch.arange(len(target)), target][opening].sum())
-    master.train()
-    found = {"accuracy": first / len(encoded), "loss": loss / len(encoded), "n": float(len(encoded))}
-    if (more := sum(len(row.choices) - 1 for row in encoded)) > 0:
-        found |= {"next": following / more, "whole": whole / len(encoded)}
-    return found
 
 
 def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None) -> tuple[Master, data.Encode]:
@@ -321,7 +236,7 @@ def fit(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _schedule(step, len(plan), recipe.warmup)
             batch = [encoded[i] for i in plan[step]]
-            loss, choice, rewrite = loss_of(master, batch, vocabulary, recipe)
+            loss, choice, rewrite = loss_of(master, batch, vocabulary, recipe.smoothing, recipe.rewrite_weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_([*lora, *rows], 1.0)
