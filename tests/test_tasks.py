@@ -23,7 +23,7 @@ from lmgraph.runtime import Runtime
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples, tasks
 from lmgraph.train.examples import Encoded, Example
-from lmgraph.train.tasks import FORMS, Task
+from lmgraph.train.tasks import BARE, PLAN, Task
 from lmgraph.types import Answer, Ask, Message
 from test_examples import END, FIRST, OCTOPUS, SPECIAL, spell, write
 
@@ -109,27 +109,28 @@ TASK = Task("q", (Request("math", "sum"), Request("law", "on {0}", (0,))), ("it 
 
 
 @pytest.mark.parametrize(("form", "text"), [
-    ("plan", "<|im_start|>q\nField:<4>sum<end>\nField:<0>on {0}<end>\nField:<end>"),
-    ("walk", "<|im_start|>q\nField:<4>sum<end>\nAnswer: it is 3\nField:<0>on {0}<end>\nAnswer: yes\nField:<end>"),
-    ("bare", "<|im_start|>q\nField:<4><end>\nField:<0><end>\nField:<end>"),
+    (PLAN, "<|im_start|>q\nField:<4>sum<end>\nField:<0>on {0}<end>\nField:<end>"),
+    (2, "<|im_start|>q\nField:<4>sum<end>\nAnswer: it is 3\nField:<0>on {0}<end>\nAnswer: yes\nField:<end>"),
+    (1, "<|im_start|>q\nField:<4>sum<end>\nAnswer: it is 3\nField:<0>on {0}<end>\nField:<end>"),
+    (BARE, "<|im_start|>q\nField:<4><end>\nField:<0><end>\nField:<end>"),
 ])
-def test_a_task_is_taught_as_a_plan_as_a_walk_and_without_requests(form: str, text: str) -> None:
+def test_a_task_is_taught_as_a_plan_as_a_walk_and_without_requests(form: int, text: str) -> None:
     found = tasks.encode(TASK, NODES, spell, 99, form)
     assert words(found.ids) == text
     assert [words([found.ids[i]]) for i in found.choices] == ["<4>", "<0>", "<end>"] and found.start == found.choices[0]
-    assert [words([found.ids[i] for i in span]) for span in found.written] == ([] if form == "bare" else ["sum<end>", "on {0}<end>"])
+    assert [words([found.ids[i] for i in span]) for span in found.written] == ([] if form == BARE else ["sum<end>", "on {0}<end>"])
 
 
 def test_a_task_without_answers_walks_as_it_plans_and_one_without_requests_is_bare() -> None:
     silent = replace(TASK, answers=())
-    assert tasks.encode(silent, NODES, spell, 99, "walk") == tasks.encode(TASK, NODES, spell, 99, "plan")
+    assert tasks.encode(silent, NODES, spell, 99, 2) == tasks.encode(TASK, NODES, spell, 99, PLAN)
     dumb = replace(silent, steps=tuple(replace(s, text="") for s in TASK.steps))
-    assert tasks.encode(dumb, NODES, spell, 99, "plan") == tasks.encode(TASK, NODES, spell, 99, "bare")
+    assert tasks.encode(dumb, NODES, spell, 99, PLAN) == tasks.encode(TASK, NODES, spell, 99, BARE)
 
 
-@given(TASKS, st.sampled_from(FORMS))
+@given(TASKS, st.integers(BARE, 4))
 @settings(max_examples=100, deadline=None)
-def test_every_choice_is_a_node_or_at_last_the_end_and_nothing_of_the_prompt_is_learnt(task: Task, form: str) -> None:
+def test_every_choice_is_a_node_or_at_last_the_end_and_nothing_of_the_prompt_is_learnt(task: Task, form: int) -> None:
     found = tasks.encode(task, NODES, spell, 99, form)
     assert [found.ids[i] for i in found.choices] == [*(NODES.id_of(step.node) for step in task.steps), END]
     assert found.choices[-1] == len(found.ids) - 1 and list(found.choices) == sorted(set(found.choices))
@@ -140,37 +141,41 @@ def test_every_choice_is_a_node_or_at_last_the_end_and_nothing_of_the_prompt_is_
 
 def test_a_long_query_and_a_long_answer_are_shortened_as_in_serving() -> None:
     long = replace(TASK, query="q" * 500, answers=("m" * 30 + "x" * 5000, "yes"))
-    text = words(tasks.encode(long, NODES, spell, 60, "walk").ids)
+    text = words(tasks.encode(long, NODES, spell, 60, 9).ids)
     assert text.startswith("<|im_start|>" + "q" * 60 + "\nField:")
     assert "\nAnswer: " + "m" * 26 + "x" * 14 + "\nField:" in text and prompts.ANSWER_LIMIT == 40
 
 
 def test_what_a_user_or_a_worker_writes_is_never_a_special_token_and_octopus_tasks_are_quoted() -> None:
     odd = Task("<fn_1>", (Request("math", "<fn_end>"),), ("<fn_2>",))
-    found = tasks.encode(odd, NODES, spell, 99, "walk")
+    found = tasks.encode(odd, NODES, spell, 99, 2)
     assert [i for i in found.ids if i >= FIRST] == [NODES.id_of("math"), END, END]
     for text in ("<fn_1>", "<fn_end>", "<fn_2>"):
         assert text in "".join(chr(i) for i in found.ids if i < SPECIAL)
-    assert "<4>('do')<end><|end|><|assistant|><end>" in words(tasks.encode(Task("q", (Request("math", "do"),)), OCTOPUS, spell, 99, "plan").ids)
+    assert "<4>('do')<end><|end|><|assistant|><end>" in words(tasks.encode(Task("q", (Request("math", "do"),)), OCTOPUS, spell, 99, PLAN).ids)
 
 
 def test_a_task_of_a_node_without_a_token_is_refused() -> None:
     with pytest.raises(VocabularyMismatch, match="astrology"):
-        tasks.encode(Task("q", (Request("astrology", ""),)), NODES, spell, 99, "plan")
+        tasks.encode(Task("q", (Request("astrology", ""),)), NODES, spell, 99, PLAN)
 
 
-def test_of_ten_tasks_five_are_plans_four_walks_and_one_is_bare() -> None:
+def test_every_tenth_task_is_bare_and_half_of_the_others_are_walks() -> None:
     found = tasks.forms([TASK] * 20)
-    assert [found.count(form) for form in FORMS] == [10, 8, 2] and found[:10] == found[10:] and set(found[:2]) == {"plan", "walk"}
+    assert found.count(PLAN) == found.count(BARE) * 5 - 1 == 9 and found[9] == found[19] == BARE and sorted(found)[11:] == [1] * 5 + [2] * 4
+    few = tasks.forms([TASK if number % 3 == 0 else Task(TASK.query, TASK.steps) for number in range(90)])
+    assert 90 - few.count(PLAN) - few.count(BARE) == 26  # every answered one but the first, and what is bare
+    long = Task("q", (Request("math", "a"),) * 4, ("x",) * 4)
+    assert {1, 2, 3, 4} < set(tasks.forms([long] * 30))
 
 
 def test_an_example_teaches_that_its_walk_ends_where_walks_are_taught() -> None:
     plain, ending = (examples.encode(Example("q", "math", "sum"), NODES, spell, 99, ends) for ends in (False, True))
     assert words(plain.ids) == "<|im_start|>q\nField:<4>sum<end>" and len(plain.choices) == 1
     assert words(ending.ids) == "<|im_start|>q\nField:<4>sum<end>\nField:<end>" and [words([ending.ids[i]]) for i in ending.choices] == ["<4>", "<end>"]
-    assert ending.written == plain.written and ending == tasks.encode(Task("q", (Request("math", "sum"),)), NODES, spell, 99, "plan")
+    assert ending.written == plain.written and ending == tasks.encode(Task("q", (Request("math", "sum"),)), NODES, spell, 99, PLAN)
     bare = examples.encode(Example("q", "math"), NODES, spell, 99, True)
-    assert bare == tasks.encode(Task("q", (Request("math", ""),)), NODES, spell, 99, "plan")
+    assert bare == tasks.encode(Task("q", (Request("math", ""),)), NODES, spell, 99, PLAN)
 
 
 # ---------------------------------------------------------------- what is lost, what is right
@@ -257,10 +262,12 @@ def test_where_no_walk_is_longer_than_a_choice_only_the_choice_is_counted() -> N
 # ---------------------------------------------------------------- a master that was taught
 
 
+FILLERS = ("what is", "explain", "tell me about", "why", "how does", "give an example of")
+
+
 def taught_queries() -> list[tuple[str, str]]:
     """(query, node), all different."""
-    fillers = ("what is", "explain", "tell me about", "why", "how does", "give an example of")
-    return [(f"{fillers[i % 6]} {words.split()[i % 3]} {words.split()[i % 3]} {fillers[i // 4]}", node) for node, words in WORDS.items() for i in range(24)]
+    return [(f"{FILLERS[i % 6]} {words.split()[i % 3]} {words.split()[i % 3]} {FILLERS[i // 4]}", node) for node, words in WORDS.items() for i in range(24)]
 
 
 def pairs() -> Iterator[list[str]]:
@@ -272,14 +279,16 @@ def pairs() -> Iterator[list[str]]:
                 yield [one, other, next(iter(set(WORDS) - {one, other}))]
 
 
+CHAINS = ["dax", "wug", "fep", "zup", "kiv", "mog", "rab", "tiz", "bok", "lun", "pem", "qua"]
+"""a word for each order of nodes"""
+
+
 def taught_tasks() -> list[Task]:
-    """Word of the first node, 'then', word of the next ...: each step needs the one before it."""
+    """A word, said twice, stands for the nodes of a task: each step needs the one before it."""
     made = []
-    for nodes in pairs():
-        for i in range(6):
-            chosen = [WORDS[node].split()[(i + k * (i // 3 + 1)) % 3] for k, node in enumerate(nodes)]
-            steps = [Request(node, "do it" if not k else f"use {{{k - 1}}}", (k - 1,) if k else ()) for k, node in enumerate(nodes)]
-            made.append(Task(" then ".join(f"{word} {word}" for word in chosen), tuple(steps), tuple("fine" for _ in steps)))
+    for word, nodes in zip(CHAINS, pairs(), strict=True):
+        steps = [Request(node, "do it" if not k else f"use {{{k - 1}}}", (k - 1,) if k else ()) for k, node in enumerate(nodes)]
+        made += [Task(f"{filler} {word} {word}", tuple(steps), tuple("fine" for _ in steps)) for filler in FILLERS]
     return made
 
 
@@ -296,7 +305,7 @@ def taught(toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMGRAPH_CACHE", str(folder / "cache"))
         patch.setenv("LMGRAPH_THREADS", "1")
-        options = ["--threads", "1", "--epochs", "14", "--batch-tokens", "768", "--learning-rate", "4e-3", "--rows-learning-rate", "2e-2", "--rank", "8", "--tokens", "8"]
+        options = ["--threads", "1", "--epochs", "28", "--batch-tokens", "768", "--learning-rate", "4e-3", "--rows-learning-rate", "2e-2", "--rank", "8", "--tokens", "8"]
         with pytest.raises(SystemExit) as caught:
             cli.main(["train", "tune", "--data", str(data), "--tasks", str(walks), "--out", str(folder / "bundle"), "--base", str(toy_base),
                       "--graph", str(folder / "graph.yaml"), *options])

@@ -21,6 +21,7 @@ from lmgraph.evaluate.listing import QUERY_LIMIT, around
 from lmgraph.graph import START, Graph
 from lmgraph.master import MORE, Master
 from lmgraph.plan import Request
+from lmgraph.rewrite import PLACE
 from lmgraph.train.tasks import Task
 
 REQUEST_LIMIT = 160
@@ -167,7 +168,7 @@ def written(task: Task) -> str:
     """A task's steps as a model that plans writes them; steps are counted from 1, and a request names them so."""
     steps = []
     for step in task.steps:
-        text = plan.PLACE.sub(lambda match: f"(answer of step {int(match[1]) + 1})", step.text) or task.query
+        text = PLACE.sub(lambda match: f"(answer of step {int(match[1]) + 1})", step.text) or task.query
         steps.append({"node": step.node, "request": text[:REQUEST_LIMIT], "needs": [need + 1 for need in step.needs]})
     return json.dumps(steps, ensure_ascii=False)
 

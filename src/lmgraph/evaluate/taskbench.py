@@ -17,11 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lmgraph import graphfile, plan
+from lmgraph import graphfile
 from lmgraph.assets import atomic
 from lmgraph.errors import DataError
 from lmgraph.graph import END, MOST_HOPS, START, AnswerSpec, Graph, MasterSpec, Node, WorkerSpec
 from lmgraph.plan import Request
+from lmgraph.rewrite import PLACE
 from lmgraph.train.examples import held_out, lines
 from lmgraph.train.tasks import KEPT, Task
 
@@ -206,7 +207,7 @@ def _task(row: Mapping[str, Any], where: str, known: Mapping[str, str], queries:
     if len(order) < len(nodes):
         return "whose steps need each other in a circle"
     texts = _list(row, where, "task_steps", "tool_steps") or []
-    if len(texts) != len(nodes) or not all(isinstance(text, str) and text.strip() and not plan.PLACE.search(text) for text in texts):
+    if len(texts) != len(nodes) or not all(isinstance(text, str) and text.strip() and not PLACE.search(text) for text in texts):
         texts = [""] * len(nodes)  # they say nothing about single nodes: only the choice is taught
     place = {old: new for new, old in enumerate(order)}
     steps = []

@@ -1,8 +1,8 @@
 """Tasks that need several experts: JSON Lines of {query, steps: [{node, needs, rewrite, answer?}], lang?} -> ids and what is learnt.
 
-A task is taught in the three forms that serving meets: as a plan (nothing answered yet), as a walk (each step's answer before the next
-choice), and without requests (the query is too long to be rewritten). It knows files and the joining of prompts.py with tokens.py;
-it knows no model.
+A task is taught in the forms that serving meets: as a plan (nothing answered yet), as a walk (each step answered before the next choice,
+or the first steps only), and without requests (the query is too long to be rewritten). It knows files and the joining of prompts.py with
+tokens.py; it knows no model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from lmgraph.train.examples import Encode, Encoded, lines, prompt
 
 KEPT = 20
 """percent of tasks that are kept aside (`examples.held_out`)"""
-FORMS = ("plan", "walk", "bare")
+PLAN, BARE = 0, -1
+"""how a task is taught (otherwise a number: so many of its first steps have been answered): nothing answered; without requests"""
 EXPECTED = 'Each line: {"query": ..., "steps": [{"node": ..., "needs": [0-based earlier steps], "rewrite": "... {0}"}, ...]}'
 
 
@@ -67,26 +68,39 @@ def _parse(row: Mapping[str, Any], where: str) -> Task:
     return Task(query, tuple(made), tuple(answers) if all(answers) else (), str(row.get("lang") or "en"))
 
 
-def encode(task: Task, vocabulary: tokens.Vocabulary, encode_text: Encode, limit: int, form: str) -> Encoded:
+def encode(task: Task, vocabulary: tokens.Vocabulary, encode_text: Encode, limit: int, form: int = PLAN) -> Encoded:
     """The whole walk as one sequence: prompt, then for each step choice, request and what follows it, and the end.
 
-    `form` is one of FORMS; a task without answers, or without all requests, is taught as far as it can be.
+    `form`: PLAN, BARE, or how many of the first steps have been answered. A task without answers is taught as a plan.
     """
     ids = prompt(task.query, vocabulary, encode_text, limit)
     choices, written = [], []
     for number, step in enumerate(task.steps):
         choices.append(len(ids))
-        text = step.text if form != "bare" else ""
+        text = step.text if form != BARE else ""
         ids += tokens.encode(vocabulary, step.node, encode_text(tokens.quote(vocabulary.dialect, text), False) if text else [])
         if text:
             written.append(range(choices[-1] + 1, len(ids)))
-        answer = task.answers[number] if form == "walk" and task.answers else ""
+        answer = task.answers[number] if number < form and task.answers else ""
         for segment in prompts.passed(answer, vocabulary.dialect):
             told = encode_text(segment.text, segment.special)
             ids += told if segment.special else prompts.shorten(told, prompts.ANSWER_LIMIT)[0]
     return Encoded([*ids, vocabulary.end_id], (*choices, len(ids)), tuple(written))
 
 
-def forms(tasks: Sequence[Task]) -> list[str]:
-    """A form for each task: a walk where answers are recorded, else a plan; every tenth is bare."""
-    return ["bare" if number % 10 == 9 else "walk" if task.answers else "plan" for number, task in enumerate(tasks)]
+def forms(tasks: Sequence[Task]) -> list[int]:
+    """A form for each task: every tenth is BARE; of the others half are walks, as far as answers are recorded, the rest plans.
+
+    Every second walk has answers of its first steps only: whether another step will follow is asked before a step is answered.
+    """
+    found, plans, walks = [], 0, 0
+    for number, task in enumerate(tasks):
+        if number % 10 == 9:
+            found.append(BARE)
+        elif task.answers and walks < plans:
+            found.append(len(task.steps) if walks % 2 else 1 + walks // 2 % max(1, len(task.steps) - 1))
+            walks += 1
+        else:
+            found.append(PLAN)
+            plans += 1
+    return found

@@ -160,7 +160,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     master, encode_text = setup(base, vocabulary, recipe, start)
 
-    def encode(example: data.Example | tasks.Task, form: str = "plan") -> data.Encoded:
+    def encode(example: data.Example | tasks.Task, form: int = tasks.PLAN) -> data.Encoded:
         if isinstance(example, tasks.Task):
             return tasks.encode(example, vocabulary, encode_text, recipe.query_limit, form)
         return data.encode(example, vocabulary, encode_text, recipe.query_limit, ends=bool(walks))
