@@ -252,8 +252,8 @@ def walking(master: Path) -> str:
     return toy_graph(master).replace("edges: {start: ['*']}", EDGES)
 
 
-@pytest.mark.parametrize("form", tasks.FORMS)
-def test_a_walk_is_shown_to_the_master_as_it_was_taught_byte_for_byte(toy_master: Path, form: str) -> None:
+@pytest.mark.parametrize("form", [tasks.BARE, tasks.PLAN, 2, 3])
+def test_a_walk_is_shown_to_the_master_as_it_was_taught_byte_for_byte(toy_master: Path, form: int) -> None:
     task = tasks.Task("why <fn_2> court? " * 3, (Request("math", "sum it"), Request("law", "sue {0}", (0,)), Request("math", "")), (ODD, "yes", "no"))
 
     async def work() -> None:
@@ -267,8 +267,8 @@ def test_a_walk_is_shown_to_the_master_as_it_was_taught_byte_for_byte(toy_master
             for text, special in list(known):
                 known[text, special] = await master.engine.tokenise(text, special)
             taught = tasks.encode(task, master.vocabulary, spell, QUERY_LIMIT, form)
-            trace = [Passed(step.node, tuple(known[step.text, False]) if form != "bare" and step.text else (), answer if form == "walk" else "")
-                     for step, answer in zip(task.steps, task.answers)]
+            trace = [Passed(step.node, tuple(known[step.text, False]) if form != tasks.BARE and step.text else (), answer if number < form else "")
+                     for number, (step, answer) in enumerate(zip(task.steps, task.answers))]
             for done, choice in enumerate(taught.choices):
                 assert (await master.prompt(task.query, trace[:done]))[0] == taught.ids[:choice], done
 
