@@ -152,7 +152,7 @@ class Walking:
 
     def _hop(self, number: int, decision: Decision) -> Hop:
         """The hop with its request, earlier answers in it. Raises the error of a hop whose answer it needs."""
-        answers = {number: done.text for number, done in self._done.items() if done.text is not None}
+        answers = {earlier: done.text for earlier, done in self._done.items() if done.text is not None and earlier < number}
         if decision.rewrite_note:  # the guard objected, or no request was written: the whole query, and what is known so far
             needs, write = tuple(sorted(answers)), partial(self._whole_query, answers)
         else:
