@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
     "errors", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "quickjson", "settings", "abreast", "patience",
-    "assets", "bundles", "graphedit", "engine", "workers.base", "workers.scripted", "workers.embedded",
+    "assets", "bundles", "adapters", "graphedit", "loopback", "engine", "workers.base", "workers.scripted", "workers.embedded",
     "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
     "files", "master", "execute", "voting", "limits", "walking", "runtime", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
@@ -20,13 +20,13 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
 ]
 HOMES = {
     "xllamacpp": {"engine"}, "torch": {"train.model", "train.loss", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
-    "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "train.tiny", "train.heads"}, "sklearn": {"evaluate.contestants", "evaluate.policies"}, "sentence_transformers": {"evaluate.contestants"}, "semantic_router": {"evaluate.contestants"}, "safetensors": {"bundles", "train.tune"},
+    "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "adapters", "train.tiny", "train.heads"}, "sklearn": {"evaluate.contestants", "evaluate.policies"}, "sentence_transformers": {"evaluate.contestants"}, "semantic_router": {"evaluate.contestants"}, "safetensors": {"bundles", "train.tune"},
     "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile", "evaluate.outcomes"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.pictures"}, "pyarrow": {"evaluate.mmludata"},
 }
 PURE = {"errors", "quickjson", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "evaluate.statistics", "evaluate.assign", "evaluate.facts"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
-LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters", "evaluate.mmludata", "evaluate.policies"}
+LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "adapters", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters", "evaluate.mmludata", "evaluate.policies"}
 BUDGET = 360
 
 

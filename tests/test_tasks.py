@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import WORDS, toy_graph
-from lmgraph import bundles, cli, graphfile, plan, prompts, runtime
+from lmgraph import adapters, bundles, cli, graphfile, plan, prompts, runtime
 from lmgraph import settings as environment
-from lmgraph.errors import DataError, VocabularyMismatch
+from lmgraph.errors import AssetError, DataError, VocabularyMismatch
 from lmgraph.plan import Request
 from lmgraph.runtime import Runtime
 from lmgraph.tokens import Vocabulary
@@ -348,6 +348,59 @@ def test_a_taught_master_says_of_a_query_for_one_node_that_nothing_more_is_neede
     assert sum(a.trace.walk is None and a.trace.steps[0].node == node for a, (_, node) in zip(single, rows)) / len(rows) > 0.8
     assert all(a.trace.decision and a.trace.decision.more is not None for a in [*single, *task])
     assert sum(a.trace.walk is not None for a in task) / len(task) > 0.8
+
+
+@pytest.fixture(scope="module")
+def adapted(taught: Path, toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of node math that `train tune --node` made: after math law is asked, whatever the master was taught."""
+    folder = tmp_path_factory.mktemp("adapted")
+    walks = write(folder, *({"query": query, "steps": [{"node": "math", "rewrite": "do it", "answer": "fine"}, {"node": "law", "needs": [0], "rewrite": "use {0}", "answer": "fine"}]}
+                            for query, node in taught_queries() if node == "math"), name="tasks.jsonl")
+    (folder / "graph.yaml").write_text(toy_graph(Path("none.gguf")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMGRAPH_CACHE", str(folder / "cache"))
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["train", "tune", "--node", "math", "--tasks", str(walks), "--start", str(taught), "--out", str(folder / "made"), "--base", str(toy_base),
+                      "--graph", str(folder / "graph.yaml"), "--threads", "1", "--epochs", "12", "--batch-tokens", "512", "--learning-rate", "4e-3", "--rank", "4", "--tokens", "8"])
+    assert not caught.value.code
+    assert json.loads((folder / "made" / "metrics.json").read_text())["tasks"]["next"] == 1.0
+    return folder / "made" / "adapter.gguf"
+
+
+def test_what_follows_a_node_is_chosen_with_its_own_adapter_and_nothing_else_is(taught: Path, adapted: Path) -> None:
+    queries = {node: [query for query, own in taught_queries() if own == node][::4] for node in WORDS}
+
+    async def ways(adapter: str, graph: str) -> dict[str, list[list[str]]]:
+        async with Runtime.open(environment.read(), given=graphfile.loads(graph.replace("math: {token", f"math: {{{adapter}token"))) as opened:
+            found = {node: [await runtime.fold(opened.answer(Ask((Message("user", query),), mode="walk"))) for query in asked] for node, asked in queries.items()}
+            return {node: [[hop.node for hop in a.trace.walk.hops] if a.trace.walk else [] for a in answered] for node, answered in found.items()}
+
+    graph = toy_graph(taught / "master.gguf", "{kind: scripted, answers: {'*': 'fine'}}")
+    graph = graph.replace("edges: {start: ['*']}", "edges: {start: ['*'], math: ['*', end], law: ['*', end], health: ['*', end]}")
+    without, worn = asyncio.run(ways("", graph)), asyncio.run(ways(f"adapter: {adapted}, ", graph))
+    assert sum(way == ["math"] for way in without["math"]) > 4 and without["law"] == worn["law"] and without["health"] == worn["health"]
+    assert sum(way[:2] == ["math", "law"] for way in worn["math"]) > 4, worn
+
+
+def test_an_adapter_is_refused_where_it_does_not_belong(taught: Path, adapted: Path, tmp_path: Path) -> None:
+    def decide(bundle: Path, adapter: Path) -> None:
+        async def work() -> None:
+            text = toy_graph(bundle).replace("math: {token", f"math: {{adapter: {adapter}, token")
+            async with Runtime.open(environment.read(), given=graphfile.loads(text)) as opened:
+                await opened.decide("sum sum")
+
+        asyncio.run(work())
+
+    with pytest.raises(AssetError, match="does not exist"):
+        decide(taught / "master.gguf", tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("no")
+    with pytest.raises(AssetError, match="cannot be read as GGUF"):
+        decide(taught / "master.gguf", tmp_path / "text.gguf")
+    with pytest.raises(AssetError, match="no adapter"):
+        decide(taught / "master.gguf", taught / "master.gguf")
+    with pytest.raises(VocabularyMismatch, match="another master"):
+        adapters.check(adapted, "0" * 64, "math")
+    adapters.check(adapted, bundles.read(str(taught)).digest, "math")
 
 
 def test_tasks_of_unknown_nodes_and_files_of_no_tasks_are_refused_before_training(toy_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lmgraph import prompts, rewrite, tokens
 from lmgraph.engine import Engine, Session
@@ -40,8 +41,10 @@ LEAST = 1e-30
 class Master:
     """Chooses and rewrites. `graph` and `vocabulary` must fit: see `fits`."""
 
-    def __init__(self, engine: Engine, vocabulary: Vocabulary, graph: Graph) -> None:
+    def __init__(self, engine: Engine, vocabulary: Vocabulary, graph: Graph, adapters: Mapping[str, Path] | None = None) -> None:
         fits(graph, vocabulary)
+        self.adapters = adapters or {}
+        """of nodes that bring their own to what follows them"""
         self.engine = engine
         self.vocabulary = vocabulary
         self.graph = graph
@@ -80,6 +83,7 @@ class Master:
         tokenised = time.perf_counter()
         async with await self.engine.session() as session:
             started = time.perf_counter()
+            session.adapter = self.adapters.get(at)
             ranked, scope = await self._choose(session, prompt, names, scoped)
             chosen, probability = ranked[0]
             stayed = chosen != stay and probability - dict(ranked).get(stay, -1.0) < self.graph.master.margin
@@ -153,6 +157,7 @@ class Master:
         ids = [*prompt, *await self._told(Passed(chosen, tuple(written)))]
         if len(ids) >= self.engine.context:
             ids = [*prompt, *await self._told(Passed(chosen))]
+        session.adapter = self.adapters.get(chosen)
         ranked, _ = await self._choose(session, ids, names)
         return 1.0 - dict(ranked).get(END, 0.0)
 

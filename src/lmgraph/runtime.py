@@ -18,7 +18,7 @@ from lmgraph import execute, voting, walking
 from lmgraph.abreast import abreast
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, QueryError, RequestError, UserError, WorkerError
-from lmgraph.files import Quiet, Watcher, master_file, model_file, read_graph, with_profile
+from lmgraph.files import Quiet, Watcher, adapter_files, master_file, model_file, read_graph, with_profile
 from lmgraph.graph import Graph, Node
 from lmgraph.master import Master, fits
 from lmgraph.settings import Settings
@@ -120,8 +120,11 @@ class Runtime:
         async with self._files_lock:
             path, vocabulary = await asyncio.to_thread(master_file, given.master.bundle, self.settings.cache, self._folder, self._watcher)
         fits(given, vocabulary)
-        engine = await Engine.open(path, context=MASTER_CONTEXT, slots=self._slots, threads=self.settings.threads)
-        return Master(engine, vocabulary, given)
+        worn = await asyncio.to_thread(adapter_files, given, self._folder)
+        engine = await Engine.open(
+            path, context=MASTER_CONTEXT, slots=self._slots, threads=self.settings.threads, adapters=sorted({*worn.values()})
+        )
+        return Master(engine, vocabulary, given, worn)
 
     async def replace(self, given: Graph) -> None:
         """From now on new asks get this graph (already checked as a whole); those under way end with the one they began with.
@@ -133,10 +136,10 @@ class Runtime:
         old = self._scene
         master = None
         async with self._master_lock:
-            if given.master.bundle != old.graph.master.bundle:
+            if _weights(given) != _weights(old.graph):
                 master = await self._load(given)
             elif old.master is not None:
-                master = Master(old.master.engine, old.master.vocabulary, given)
+                master = Master(old.master.engine, old.master.vocabulary, given, old.master.adapters)
             kept = {
                 name: worker
                 for name, worker in old.workers.items()
@@ -302,6 +305,11 @@ def _able(given: Graph, ask: Ask) -> list[str]:
         who = f"Node {ask.node} does not accept" if able else "No node accepts"
         raise RequestError(f"{who} {' and '.join(sorted(ask.needs))}; what nodes of this graph accept: {kinds}.", param="messages")
     return able
+
+
+def _weights(given: Graph) -> tuple[str, dict[str, str]]:
+    """What the master's engine holds: its bundle, the adapters of nodes."""
+    return given.master.bundle, {name: node.adapter for name, node in given.nodes.items() if node.adapter}
 
 
 def _chain(given: Graph, name: str) -> list[Node]:

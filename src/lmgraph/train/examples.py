@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -42,11 +43,18 @@ class Encoded:
     """indexes of what is chosen: functional tokens, and from the second on the end token"""
     written: tuple[range, ...] = ()
     """indexes of requests with their end tokens"""
+    begins: bool = True
+    """whether the first of the choices is a walk's first, which cannot be the end"""
 
     @property
     def start(self) -> int:
         """Index of the first choice: what stands before it is the prompt."""
         return self.choices[0]
+
+    def after(self, token: int) -> Encoded:
+        """The same ids, of which only what follows the choice of `token` is learnt: choices (maybe none) and their requests."""
+        at = [here for before, here in pairwise(self.choices) if self.ids[before] == token]
+        return Encoded(self.ids, tuple(at), tuple(span for span in self.written if span.start - 1 in at), begins=False)
 
 
 def load(paths: Iterable[Path]) -> list[Example]:

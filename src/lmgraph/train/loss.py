@@ -83,7 +83,7 @@ def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabu
     """
     master.eval()
     known = torch.tensor([*(vocabulary.first_id + token for token in vocabulary.nodes.values()), vocabulary.end_id])
-    shown = [data.Encoded(row.ids[: row.choices[-1] + 1], row.choices) for row in encoded]
+    shown = [data.Encoded(row.ids[: row.choices[-1] + 1], row.choices, begins=row.begins) for row in encoded]
     first, following, whole = 0, 0, 0
     loss = 0.0
     for batch in batches(shown, budget, random.Random(0)):
@@ -91,7 +91,7 @@ def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabu
         ids, mask = _pad(rows, 0)
         each, where = _places(rows)
         scores = master.scores(master.states(ids, mask)[each, where - 1])[:, known]
-        opening = where == torch.tensor([row.start for row in rows])[each]
+        opening = where == torch.tensor([row.start if row.begins else -1 for row in rows])[each]
         scores[opening, -1] = -torch.inf  # a walk has at least one step
         logits = F.log_softmax(scores, dim=-1)
         target = (known.unsqueeze(0) == ids[each, where].unsqueeze(1)).int().argmax(1)
@@ -101,7 +101,9 @@ def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabu
         whole += len(rows) - len(each[~right].unique())
         loss -= float(logits[torch.arange(len(target)), target][opening].sum())
     master.train()
-    found = {"accuracy": first / len(encoded), "loss": loss / len(encoded), "n": float(len(encoded))}
-    if (more := sum(len(row.choices) - 1 for row in encoded)) > 0:
+    found = {"n": float(len(encoded))}
+    if begun := sum(row.begins for row in encoded):
+        found = {"accuracy": first / begun, "loss": loss / begun, **found}
+    if (more := sum(len(row.choices) for row in encoded) - begun) > 0:
         found |= {"next": following / more, "whole": whole / len(encoded)}
     return found

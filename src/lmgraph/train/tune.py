@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from lmgraph import adapters
 from lmgraph.bundles import read, read_tensors, write_tensors, write_vocabulary
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
 from lmgraph.train import tasks
 from lmgraph.train.loss import batches, loss_of, validate
-from lmgraph.train.model import LINEAR, Master, fast_bf16, load_base
+from lmgraph.train.model import LINEAR, Master, absorb, fast_bf16, load_base
 from lmgraph.train.plot import plot
 
 try:
@@ -72,8 +73,11 @@ class Recipe:
     validate_every: int = 200
 
 
-def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None) -> tuple[Master, data.Encode]:
-    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or at `start`."""
+def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None, fixed: bool = False) -> tuple[Master, data.Encode]:
+    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or at `start`.
+
+    `fixed`: the master of `start` stays as it is, rows and all, and a LoRA of its own is learnt on top.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -84,6 +88,8 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     trunk, embeddings, encode_text = load_base(base)
+    if start is not None and fixed:
+        absorb(trunk, read_tensors(read(str(start.resolve())).weights))
     lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(LINEAR))
     with warnings.catch_warnings():  # peft's own use of transformers, nothing that a user could change
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -95,16 +101,18 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None
             name = encode_text(" " + node.replace("_", " "), False)
             master.output_rows[token] = embeddings[name].mean(0)
         if start is not None:
-            _start_from(master, start, vocabulary, recipe)
+            _start_from(master, start, vocabulary, recipe, fixed)
     return master, encode_text
 
 
-def _start_from(master: Master, start: Path, vocabulary: Vocabulary, recipe: Recipe) -> None:
+def _start_from(master: Master, start: Path, vocabulary: Vocabulary, recipe: Recipe, rows_alone: bool) -> None:
     """Copy a bundle's tensors into a master (the reverse of `save`). Of the rows, those of nodes that both name by the same token."""
     bundle = read(str(start.resolve()))
     tensors, known = read_tensors(bundle.weights), bundle.vocabulary.nodes
     shared = [token for name, token in vocabulary.nodes.items() if known.get(name) == token]
     for name, parameter in trained(master).items():
+        if rows_alone and not name.endswith("_rows"):
+            continue
         key, scale = _bundle_name(name), 1.0
         rows = name.endswith("_rows")
         if key.endswith(".lora_b"):
@@ -119,6 +127,7 @@ def _start_from(master: Master, start: Path, vocabulary: Vocabulary, recipe: Rec
         if rows:
             parameter[shared] = value[shared]
             parameter[-1] = value[-1]  # the end token's
+            parameter.requires_grad_(not rows_alone)
         else:
             parameter.copy_(value)
 
@@ -147,32 +156,45 @@ def main(
     log: Any = print,
     start: Path | None = None,
     walks: Sequence[tasks.Task] = (),
+    node: str = "",
 ) -> dict[str, Any]:
     """Run the recipe, from the base or from another bundle (`start`).
 
     `walks`: tasks of several steps, taught beside the examples; then every example teaches that its walk ends, too.
+    `node`: only what follows this node is learnt, as its adapter for the master of `start`; adapter.gguf is left instead of a bundle.
 
     Leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl and plot.png in `out`.
     """
     unknown = sorted({e.node for e in train}.union(step.node for task in walks for step in task.steps) - set(vocabulary.nodes))
     if unknown:
         raise DataError(f"Examples name nodes without a functional token: {', '.join(unknown)}.")
+    if node and start is None:
+        raise DataError(f"The adapter of node {node!r} needs the master that it belongs to.", "Name its bundle: --start FOLDER")
     out.mkdir(parents=True, exist_ok=True)
-    master, encode_text = setup(base, vocabulary, recipe, start)
+    master, encode_text = setup(base, vocabulary, recipe, start, fixed=bool(node))
 
     def encode(example: data.Example | tasks.Task, form: int = tasks.PLAN) -> data.Encoded:
         if isinstance(example, tasks.Task):
             return tasks.encode(example, vocabulary, encode_text, recipe.query_limit, form)
         return data.encode(example, vocabulary, encode_text, recipe.query_limit, ends=bool(walks))
 
+    def learnt(rows: list[data.Encoded]) -> list[data.Encoded]:
+        return [short for row in rows if (short := row.after(vocabulary.id_of(node))).choices] if node else rows
+
     encoded = [encode(example) for example in train] + [encode(task, form) for task, form in zip(walks, tasks.forms(walks), strict=True)]
-    checks = {name: [encode(example) for example in rows] for name, rows in validation.items()}
+    encoded = learnt(encoded)
+    checks = {name: kept for name, rows in validation.items() if (kept := learnt([encode(example) for example in rows]))}
+    if not encoded:
+        raise DataError(f"No task goes on from node {node!r}, or ends there.", "Give tasks whose steps name it: --tasks FILE")
     average = fit(master, encoded, checks, vocabulary, recipe, out, log)
     with torch.no_grad():
         for name, tensor in trained(master).items():
             tensor.copy_(average[name])
     metrics: dict[str, Any] = {name: validate(master, rows, vocabulary) for name, rows in checks.items()}
-    save(master, vocabulary, recipe, out)
+    if node and start is not None:
+        adapters.write(out / "adapter.gguf", tensors_of(master, recipe), base, read(str(start.resolve())).digest, node)
+    else:
+        save(master, vocabulary, recipe, out)
     metrics["examples"] = len(train)
     metrics["walks"] = len(walks)
     metrics["rewrites"] = sum(bool(e.rewrite) for e in train)
@@ -281,12 +303,17 @@ def _write(path: Path, value: Any) -> None:
 
 
 def save(master: Master, vocabulary: Vocabulary, recipe: Recipe, out: Path) -> None:
-    """weights.safetensors (float16: `blk.N.NAME.lora_a` (r, in), `.lora_b` (out, r) scaled, `input_rows`, `output_rows`)."""
+    """weights.safetensors and vocabulary.json."""
+    write_tensors(tensors_of(master, recipe), out / "weights.safetensors")
+    write_vocabulary(vocabulary, out / "vocabulary.json")
+
+
+def tensors_of(master: Master, recipe: Recipe) -> dict[str, np.ndarray]:
+    """What was trained, float16: `blk.N.NAME.lora_a` (r, in), `.lora_b` (out, r) scaled, `input_rows`, `output_rows`."""
     tensors: dict[str, np.ndarray] = {}
     for name, tensor in trained(master).items():
         key, value = _bundle_name(name), tensor.detach().float()
         if key.endswith(".lora_b"):
             value = value * (recipe.alpha / recipe.rank)
         tensors[key] = value.numpy().astype(np.float16)
-    write_tensors(tensors, out / "weights.safetensors")
-    write_vocabulary(vocabulary, out / "vocabulary.json")
+    return tensors
