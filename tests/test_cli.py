@@ -24,6 +24,7 @@ import pytest
 
 from conftest import WORDS, toy_graph, toy_queries
 from lmgraph import __version__, bundles, cli, graphfile, graphschema
+from lmgraph.types import Hop, Progress, Step
 
 HEAVY = {"numpy", "torch", "xllamacpp", "httpx", "transformers", "gguf", "matplotlib", "rich"}
 SCRIPTED = "{kind: scripted, answers: {'*': 'answer to {}'}}"
@@ -183,6 +184,101 @@ def test_the_fallback_answers_where_a_worker_fails_and_it_is_said(lmgraph: Comma
     toy_graph_file.write_text(text.replace("fallback: math, ", ""))
     found = lmgraph("ask", "--node", "law", "sue")
     assert found.code == 1 and "no judge" in found.err
+
+
+# ---------------------------------------------------------------- ask --mode
+
+
+PATH = "edges: {start: [math], math: [law], law: [health], health: [end]}"
+
+
+@pytest.fixture
+def walking(toy_graph_file: Path) -> Path:
+    """A graph in which a walk goes from math by law to health."""
+    toy_graph_file.write_text(toy_graph_file.read_text().replace("edges: {start: ['*']}", PATH))
+    return toy_graph_file
+
+
+@pytest.mark.parametrize("mode", ["walk", "plan", "auto"])
+def test_a_walk_is_shown_hop_by_hop_on_stderr_and_its_answer_on_stdout(lmgraph: Command, walking: Path, mode: str) -> None:
+    found = lmgraph("ask", "--mode", mode, "--trace", "court contract statute")
+    assert found.code == 0 and found.out.startswith("answer to")
+    shown = [re.match(r"(\d) (math|law|health)  \d+\.\d s( \.\.\.)?  \S", line) for line in found.err.splitlines()]
+    seen = [(match[1], match[2], not match[3]) for match in shown if match]
+    assert sorted(seen) == sorted((str(i + 1), node, ended) for i, node in enumerate(("math", "law", "health")) for ended in (False, True))
+    assert all(seen.index((number, node, False)) < seen.index((number, node, True)) for number, node, _ in seen)
+    assert all(f"{node}: first piece" in found.err for node in WORDS), "--trace shows every step"
+
+
+def test_json_of_a_walk_is_one_object_and_nothing_else(lmgraph: Command, walking: Path) -> None:
+    found = lmgraph("ask", "--mode", "walk", "--json", "court contract statute")
+    trace = found.data["trace"]
+    assert [hop["node"] for hop in trace["walk"]["hops"]] == ["math", "law", "health"] and trace["walk"]["stopped"] == "end" and found.err == ""
+    assert [(step["node"], step["hop"]) for step in trace["steps"]] == [("math", 0), ("law", 1), ("health", 2)]
+    assert trace["steps"][-1]["answer"] == found.data["answer"]
+
+
+def test_why_a_walk_stopped_and_what_failed_on_it_is_said(lmgraph: Command, walking: Path) -> None:
+    text = walking.read_text()
+    walking.write_text("answer: {mode: walk, hops: 2}\n" + text)
+    found = lmgraph("ask", "court contract statute")
+    assert found.code == 0 and "(the limit of hops is reached (answer: hops))" in found.err
+    walking.write_text("answer: {mode: walk, tokens: 1}\n" + text)
+    assert "(the limit of tokens is reached (answer: tokens): the best answer so far)" in lmgraph("ask", "court contract statute").err
+    broken = text.replace("about math, worker: " + SCRIPTED, "x, worker: {kind: scripted, retries: 0, answers: {'*': '! no sums'}}")
+    walking.write_text("answer: {mode: plan}\n" + broken)
+    found = lmgraph("ask", "court contract statute")
+    assert found.code == 0 and "math failed: no sums" in found.err and found.out.startswith("answer to")
+    walking.write_text("answer: {mode: walk}\n" + text.replace(SCRIPTED, "{kind: scripted, retries: 0, answers: {'*': '! no more'}}"))
+    found = lmgraph("ask", "court contract statute")
+    assert found.code == 1 and found.out == "" and "Done so far: math failed, law failed" in found.err
+
+
+def test_an_unknown_mode_is_refused_with_the_valid_ones(lmgraph: Command, walking: Path) -> None:
+    found = lmgraph("ask", "--mode", "run", "x")
+    assert found.code == 2 and all(f"'{mode}'" in found.err for mode in ("single", "vote", "auto", "walk", "plan"))
+    assert lmgraph("ask", "--mode", "single", "--json", "court").data["trace"].keys() == {"decision", "steps"}
+
+
+def test_a_chat_in_a_graph_that_walks_walks_with_its_first_turn_and_stays_where_it_ended(lmgraph: Command, walking: Path) -> None:
+    walking.write_text("answer: {mode: walk}\n" + walking.read_text())
+    found = lmgraph("chat", stdin="court?\nand then?\n")
+    assert found.code == 0 and found.out.count("answer to") >= 2
+
+
+def hops(*nodes: str) -> tuple[Hop, ...]:
+    return tuple(Hop(node, f"{node}'s request") for node in nodes)
+
+
+def test_on_a_terminal_a_walk_is_a_tree_that_grows_and_ends_where_the_answer_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from lmgraph.cli import show
+
+    screen = io.StringIO()
+    monkeypatch.setattr(show, "console", Console(file=screen, force_terminal=True, width=100, highlight=False, color_system=None))
+    steps = show.Steps()
+    steps(Progress("plan", hops=hops("math", "law", "health")))
+
+    def lines() -> list[str]:
+        plain = Console(file=io.StringIO(), width=100, color_system=None)
+        plain.print(steps.tree())
+        return plain.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+    assert [line[4:] for line in lines()[1:]] == [f"{i + 1} {node}  waits  {node}'s request" for i, node in enumerate(("math", "law", "health"))]
+    steps(Progress("began", 0, "math", "sum\n it"))
+    steps(Progress("began", 1, "law", "sue"))
+    steps(Progress("ended", 1, "law", "sue", Step("health", "sue", "so", 1500.0)))
+    steps(Progress("ended", 0, "math", "sum\n it", Step("math", "sum\n it", "", 300.0, error="no sums")))
+    steps(Progress("began", 2, "health", "heal"))
+    assert lines()[0] == "start" and lines()[1].endswith("1 math  0.3 s  sum it  no sums") and lines()[2].endswith("2 health  1.5 s  sue")
+    assert re.search(r"3 health  0\.\d s \.\.\.  heal$", lines()[3])
+    steps.stop()
+    drawn = screen.getvalue()
+    assert "1 math  0.3 s" in drawn and "3 health" in drawn
+    steps(Progress("ended", 2, "health", "heal", Step("health", "heal", "well", 10.0)))
+    steps.stop()
+    assert screen.getvalue() == drawn, "nothing is drawn over the answer"
 
 
 # ---------------------------------------------------------------- route
@@ -464,7 +560,23 @@ def test_the_picture_is_valid_svg_whatever_a_model_is_called(lmgraph: Command, c
 
 def test_a_graph_that_fits_its_master_has_nothing_wrong(lmgraph: Command, commented: Path) -> None:
     assert lmgraph("graph", "check").out == "3 nodes, 5 edges: nothing wrong.\n"
-    assert lmgraph("graph", "check", "--json").data == {"ok": True, "problems": [], "nodes": 3}
+    assert lmgraph("graph", "check", "--json").data == {"ok": True, "problems": [], "notes": [], "nodes": 3}
+
+
+def test_check_notes_dead_ends_and_cycles_of_a_graph_that_walks(lmgraph: Command, toy_graph_file: Path) -> None:
+    text = toy_graph_file.read_text().replace("['*']}", "['*'], math: [law, end], law: [math]}")
+    toy_graph_file.write_text(text)
+    assert "note" not in lmgraph("graph", "check").out
+    toy_graph_file.write_text("answer: {mode: auto, hops: 5}\n" + text)
+    found = lmgraph("graph", "check")
+    assert found.code == 0 and found.out.splitlines() == [
+        "note: dead ends: after health a walk is over, whatever is left to do; connect: lmgraph graph connect health NODE end",
+        "note: 2 nodes lie on cycles, such as math -> law -> math: a walk there goes on until the master chooses the end, or to the limit of 5 hops",
+        "3 nodes, 6 edges: nothing wrong."]
+    assert len(lmgraph("graph", "check", "--json").data["notes"]) == 2
+    toy_graph_file.write_text(text.replace("law: [math]", "law: [law]"))
+    found = lmgraph("graph", "check")
+    assert found.code == 2 and "from 'law' the walk can never end (a cycle to nowhere); connect it: lmgraph graph connect law end" in found.err
 
 
 def test_check_lists_every_problem_with_its_line(lmgraph: Command) -> None:

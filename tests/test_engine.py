@@ -137,6 +137,28 @@ def test_forbidden_ids_are_never_written(toy_base: Path) -> None:
     run_with(toy_base, work)
 
 
+def test_an_answer_keeps_to_its_grammar(toy_base: Path) -> None:
+    async def work(engine: Engine) -> None:
+        async with await engine.session() as session:
+            for text, grammar in (("yes", 'root ::= "maybe" | "never"'), ("1 + 1 =", "root ::= [0-9]{3} \"!\"")):
+                pieces = [p async for p in session.generate(await engine.tokenise(text), 20, grammar=grammar)]
+                said = "".join(p.text for p in pieces)
+                assert said in ("maybe", "never") or (len(said) == 4 and said[:3].isdigit() and said[3] == "!")
+                assert pieces[-1].finish == "stop"
+
+    run_with(toy_base, work)
+
+
+def test_a_grammar_that_is_none_is_refused(toy_base: Path) -> None:
+    async def work(engine: Engine) -> None:
+        async with await engine.session() as session:
+            with pytest.raises(EngineError, match=r"llama.cpp refused a request to toy\.gguf: .*grammar"):
+                async for _ in session.generate(await engine.tokenise("yes"), 4, grammar="root ::= ("):
+                    pass
+
+    run_with(toy_base, work)
+
+
 def test_leaving_a_stream_frees_the_engine(toy_base: Path) -> None:
     async def work(engine: Engine) -> None:
         async with await engine.session() as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ NAMES = st.from_regex(r"[A-Za-z0-9_-]{0,6}[A-Za-z0-9][A-Za-z0-9_-]{0,6}", fullma
 PROBABILITY = st.floats(0, 1)
 WORKERS = st.one_of(
     st.builds(WorkerSpec, kind=st.just("embedded"), model=st.text(min_size=1), system=st.text(), max_tokens=st.integers(1, 9999),
-              temperature=st.none() | st.floats(0, 2)),
+              temperature=st.none() | st.floats(0, 2), price=st.tuples(*[st.floats(0, 1e8)] * 2)),
     st.builds(WorkerSpec, kind=st.just("openai"), model=st.text(min_size=1), key_env=st.text(), stream=st.booleans(), retries=st.integers(0, 10),
               urls=st.lists(st.sampled_from(["http://a:1/v1", "https://b/v1"]), min_size=1).map(tuple),
               timeout_s=st.floats(0.001, 1e6)),
@@ -30,7 +31,9 @@ def graphs(draw: st.DrawFn) -> Graph:
     names = draw(st.lists(NAMES, min_size=1, max_size=5, unique=True))
     numbers = draw(st.lists(st.integers(0, 10**6), min_size=len(names), max_size=len(names), unique=True))
     answers = st.builds(AnswerSpec, st.sampled_from(graph.MODES), st.integers(2, 9), judge=st.sampled_from(["", *names]),
-                        voters=st.dictionaries(st.sampled_from(names), st.floats(0, 1, exclude_min=True, exclude_max=True)))
+                        voters=st.dictionaries(st.sampled_from(names), st.floats(0, 1, exclude_min=True, exclude_max=True)),
+                        hops=st.integers(1, graph.MOST_HOPS), seconds=st.floats(0.001, 86_400), tokens=st.integers(1, 10**9), cost=st.none() | st.floats(0, 10**6),
+                        compose=st.sampled_from(["", *names]))
     nodes = {}
     for i, (name, token) in enumerate(zip(names, numbers)):
         nodes[name] = Node(name, token, draw(st.text()), draw(WORKERS), rewrite=draw(st.sampled_from(graph.REWRITE)),
@@ -373,6 +376,86 @@ def test_what_can_be_reached_is_closed_under_neighbours(one: Graph) -> None:
     reached = one.reachable()
     assert set(one.neighbours()) <= reached
     assert all(set(one.neighbours(name)) <= reached for name in reached)
+
+
+WALK = {"mode": "walk", "hops": 4, "seconds": 30, "tokens": 9000, "cost": 0.5, "compose": "math"}
+
+
+def test_the_limits_of_a_walk_and_the_price_of_a_worker_are_read_and_written() -> None:
+    one = graphfile.loads(whole(answer=WALK, nodes={"math": node(worker={"kind": "scripted", "price": [0.15, 1]}, answer={"mode": "plan", "hops": 2})}))
+    assert one.answer == AnswerSpec("walk", hops=4, seconds=30, tokens=9000, cost=0.5, compose="math")
+    assert one.nodes["math"].answer == AnswerSpec("plan", hops=2) and one.nodes["math"].worker.price == (0.15, 1.0)
+    assert graphfile.loads(graphfile.dumps(one)) == one and yaml.safe_load(graphfile.dumps(one))["answer"] == WALK
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"mode": "run"}, "answer.mode: found 'run'; valid: single, vote, auto, walk, plan"), ({"hops": 0}, "answer.hops: found 0, expected 1 to 20"), ({"hops": 21}, "expected 1 to 20"),
+    ({"hops": 2.5}, "answer.hops: found a number (2.5), expected a whole number"), ({"seconds": 0}, "answer.seconds: found 0, expected 0.001 to 86,400"),
+    ({"seconds": 90_000}, "found 90000, expected"), ({"seconds": "long"}, "answer.seconds: found text ('long')"), ({"seconds": float("nan")}, "expected a finite number"),
+    ({"tokens": 0}, "answer.tokens: found 0, expected 1 to 1,000,000,000"), ({"tokens": True}, "answer.tokens: found true or false"), ({"cost": -1}, "answer.cost: found -1, expected 0 to 1,000,000"),
+    ({"compose": 3}, "answer.compose: found a whole number (3), expected text"), ({"compose": "nobody"}, "answer: compose 'nobody' is no node; valid: math"),
+    ({"steps": 3}, "answer.steps: unknown key; valid: mode, workers, voters, judge, hops, seconds, tokens, cost, compose"),
+])
+def test_a_limit_that_cannot_be_one_is_named_with_what_was_expected(changes: dict[str, Any], words: str) -> None:
+    assert words in only(whole(answer=WALK | changes))
+    assert words.replace("answer", "nodes.math.answer", 1) in only(with_node(answer=WALK | changes))
+
+
+@pytest.mark.parametrize("price", [[1], [1, 2, 3], [-1, 1], ["1", 2], [True, 1], [float("nan"), 1], [float("inf"), 1], [1e9, 1], [[1], 2], []])
+def test_a_price_that_is_none_is_named(price: list[Any]) -> None:
+    assert "nodes.math.worker.price: found [" in only(with_worker(price=price)) and "two prices per million tokens: [prompt, completion]" in only(with_worker(price=price))
+
+
+def test_a_price_of_another_type_is_named() -> None:
+    assert only(with_worker(price=3)).endswith("nodes.math.worker.price: found a whole number (3), expected a list")
+
+
+# ---------------------------------------------------------------- notes: what is no problem, and worth knowing before a walk
+
+
+def walking(one: Graph, mode: str = "walk", hops: int = 6) -> Graph:
+    return Graph(one.nodes, one.edges, answer=AnswerSpec(mode, hops=hops))
+
+
+def test_dead_ends_and_cycles_are_noted_where_queries_may_walk() -> None:
+    one = linked("a", "b", "c", "d", start=["*"], a=["b", "end"], b=["a", "c"], c=[])
+    assert graph.notes(one) == [] and graph.check(one) == []
+    assert graph.notes(walking(one)) == [
+        "dead ends: after c, d a walk is over, whatever is left to do; connect: lmgraph graph connect c NODE end",
+        "2 nodes lie on cycles, such as a -> b -> a: a walk there goes on until the master chooses the end, or to the limit of 6 hops"]
+    assert graph.notes(walking(linked("a", "b", start=["a"], a=["b"], b=["end"]))) == []
+
+
+def test_the_limit_that_a_note_names_is_that_of_the_answers_that_walk() -> None:
+    one = linked("a", "b", start=["*"], a=["b", "end"], b=["a"])
+    nodes = {**one.nodes, "a": Node("a", 0, "", WorkerSpec("scripted"), answer=AnswerSpec("plan", hops=9))}
+    (note,) = graph.notes(Graph(nodes, one.edges))
+    assert note.endswith("or to the limit of 9 hops")
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.lists(st.sampled_from([*"abcdef", "*", END]), max_size=4)), st.sampled_from(graph.WALKS))
+@settings(max_examples=100, deadline=None)
+def test_notes_agree_with_a_search_of_every_way(edges: dict[str, list[str]], mode: str) -> None:
+    one = walking(linked(*"abcdef", start=["*"], **edges), mode)
+    follows = {n: set(one.neighbours(n)) - {END} for n in one.nodes}
+    ways = {(a, b): 1 for a in follows for b in follows[a]}  # lengths of shortest ways
+    for _ in follows:
+        for (a, b), long in list(ways.items()):
+            for c in follows[b]:
+                ways[a, c] = min(ways.get((a, c), 99), long + 1)
+    dead = [n for n in follows if not one.neighbours(n)]
+    rings = {frozenset(b for b in follows if (a, b) in ways and (b, a) in ways) for a in follows if (a, a) in ways}
+    found = graph.notes(one)
+    assert len(found) == bool(dead) + len(rings)
+    if dead:
+        assert found.pop(0).startswith(f"dead ends: after {', '.join(dead)} a walk is over")
+    for note in found:
+        count, _, _, _, _, _, _, *way = note.split(":")[0].split(" ")
+        names = [n for n in way if n != "->"]
+        assert names[0] == names[-1] and all(b in follows[a] for a, b in pairwise(names)) and len(names) - 1 == ways[names[0], names[0]]
+        (ring,) = [r for r in rings if names[0] in r]
+        assert int(count) == len(ring)
+        rings.remove(ring)
 
 
 @given(st.text(max_size=200))

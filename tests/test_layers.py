@@ -9,24 +9,24 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
-    "errors", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "quickjson", "settings", "abreast",
-    "assets", "bundles", "graphedit", "engine", "workers.base", "workers.scripted", "workers.embedded",
+    "errors", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "quickjson", "settings", "abreast", "patience",
+    "assets", "bundles", "adapters", "graphedit", "loopback", "engine", "workers.base", "workers.scripted", "workers.embedded",
     "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.openai",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
-    "files", "master", "execute", "voting", "runtime", "serve.wire", "serve.responses", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
-    "train.examples", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.journal", "evaluate.mmludata", "evaluate.asking", "evaluate.mmlu", "evaluate.marks", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign", "evaluate.facts", "evaluate.replay", "evaluate.competence", "evaluate.policies", "evaluate.standings",
-    "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.assigning", "cli.graphs", "cli.training", "cli.measuring", "cli.comparing", "cli.replaying",
+    "files", "master", "execute", "voting", "limits", "walking", "runtime", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
+    "train.examples", "train.tasks", "train.tiny", "train.heads", "train.model", "train.loss", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.journal", "evaluate.mmludata", "evaluate.asking", "evaluate.mmlu", "evaluate.marks", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.planner", "evaluate.plans", "evaluate.taskbench", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign", "evaluate.facts", "evaluate.replay", "evaluate.competence", "evaluate.policies", "evaluate.standings",
+    "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.assigning", "cli.graphs", "cli.training", "cli.measuring", "cli.comparing", "cli.planning", "cli.replaying",
     "cli.keeping", "cli.serving",
 ]
 HOMES = {
-    "xllamacpp": {"engine"}, "torch": {"train.model", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
-    "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "train.tiny", "train.heads"}, "sklearn": {"evaluate.contestants", "evaluate.policies"}, "sentence_transformers": {"evaluate.contestants"}, "semantic_router": {"evaluate.contestants"}, "safetensors": {"bundles", "train.tune"},
+    "xllamacpp": {"engine"}, "torch": {"train.model", "train.loss", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
+    "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "adapters", "train.tiny", "train.heads"}, "sklearn": {"evaluate.contestants", "evaluate.policies"}, "sentence_transformers": {"evaluate.contestants"}, "semantic_router": {"evaluate.contestants"}, "safetensors": {"bundles", "train.tune"},
     "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile", "evaluate.outcomes"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.pictures"}, "pyarrow": {"evaluate.mmludata"},
 }
-PURE = {"errors", "quickjson", "types", "graph", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.openapi", "evaluate.statistics", "evaluate.assign", "evaluate.facts"}
+PURE = {"errors", "quickjson", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "evaluate.statistics", "evaluate.assign", "evaluate.facts"}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
-LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters", "evaluate.mmludata", "evaluate.policies"}
+LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "adapters", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters", "evaluate.mmludata", "evaluate.policies"}
 BUDGET = 360
 
 
@@ -81,7 +81,7 @@ def test_a_room_imports_only_what_lies_below_it(name: str) -> None:
 
 
 def test_training_does_not_reach_into_serving() -> None:
-    for name in ("train.examples", "train.tiny", "train.model", "train.plot", "train.tune"):
+    for name in ("train.examples", "train.tasks", "train.tiny", "train.model", "train.loss", "train.plot", "train.tune"):
         used = {room_of(m) for m, _, _ in imports(ROOMS[name])}
         assert not used & {"engine", "master", "runtime", "execute"}, name
 

@@ -12,16 +12,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import WORDS, toy_graph, toy_queries
-from lmgraph import bundles, graphfile
+from lmgraph import bundles, graphfile, prompts
 from lmgraph.engine import Engine
 from lmgraph.errors import LmgraphError, NoDecision, QueryError, VocabularyMismatch
-from lmgraph.master import QUERY_LIMIT, Master
-from lmgraph.train import tiny
+from lmgraph.graph import END
+from lmgraph.master import QUERY_LIMIT, REQUEST_ROOM, Master
+from lmgraph.plan import Request
+from lmgraph.train import tasks, tiny
+from lmgraph.types import Passed
 
 
 @asynccontextmanager
-async def master_of(path: Path, text: str | None = None, slots: int = 2):  # type: ignore[no-untyped-def]
-    engine = await Engine.open(path, context=1024, slots=slots, threads=2)
+async def master_of(path: Path, text: str | None = None, slots: int = 2, context: int = 1024):  # type: ignore[no-untyped-def]
+    engine = await Engine.open(path, context=context, slots=slots, threads=1)  # two wait for each other where other work runs beside them
     try:
         yield Master(engine, bundles.vocabulary_of(path), graphfile.loads(text or toy_graph(path)))
     finally:
@@ -234,5 +237,133 @@ def test_below_the_scope_the_fallback_answers_and_above_it_the_chosen_node(toy_m
         async with master_of(toy_master, graph(1000)) as master:
             outside = await master.decide(query, rewriting=False)
             assert outside.chosen == chosen and (outside.fallback, outside.node) == (chosen != "law", "law")
+
+    asyncio.run(work())
+
+
+# ---------------------------------------------------------------- walks
+
+
+EDGES = "edges: {start: ['*'], math: [law, health, end], law: [health], health: []}"
+ODD = "the answer is <fn_1><fn_end> {0} <|im_end|> é🙂 " + "and so on, " * 400
+
+
+def walking(master: Path) -> str:
+    return toy_graph(master).replace("edges: {start: ['*']}", EDGES)
+
+
+@pytest.mark.parametrize("form", [tasks.BARE, tasks.PLAN, 2, 3])
+def test_a_walk_is_shown_to_the_master_as_it_was_taught_byte_for_byte(toy_master: Path, form: int) -> None:
+    task = tasks.Task("why <fn_2> court? " * 3, (Request("math", "sum it"), Request("law", "sue {0}", (0,)), Request("math", "")), (ODD, "yes", "no"))
+
+    async def work() -> None:
+        async with master_of(toy_master) as master:
+            known: dict[tuple[str, bool], list[int]] = {}
+
+            def spell(text: str, special: bool) -> list[int]:
+                return known.setdefault((text, special), [])
+
+            tasks.encode(task, master.vocabulary, spell, QUERY_LIMIT, form)
+            for text, special in list(known):
+                known[text, special] = await master.engine.tokenise(text, special)
+            taught = tasks.encode(task, master.vocabulary, spell, QUERY_LIMIT, form)
+            trace = [Passed(step.node, tuple(known[step.text, False]) if form != tasks.BARE and step.text else (), answer if number < form else "")
+                     for number, (step, answer) in enumerate(zip(task.steps, task.answers))]
+            for done, choice in enumerate(taught.choices):
+                assert (await master.prompt(task.query, trace[:done]))[0] == taught.ids[:choice], done
+
+    asyncio.run(work())
+
+
+def test_functional_tokens_in_an_answer_are_plain_text_for_the_master(toy_master: Path) -> None:
+    async def work() -> None:
+        async with master_of(toy_master) as master:
+            first, end = master.vocabulary.first_id, master.vocabulary.end_id
+            for answer in ("<fn_2>", "<fn_end>", "take <fn_1>law<fn_end>\nField:<fn_2>"):
+                ids, _, _ = await master.prompt("sum", [Passed("math", (), answer)])
+                assert [i for i in ids if i >= first] == [first, end], "the step's own and its end"
+                assert answer in await master.engine.detokenise([i for i in ids if i < first])
+                whole = (await master.prompt("sum", [Passed("math")]))[0]
+                assert len(ids) > len(whole) and (await master.prompt("sum"))[0] == ids[:len((await master.prompt("sum"))[0])]
+
+    asyncio.run(work())
+
+
+def test_after_a_step_the_end_may_be_chosen_where_the_graph_lets_a_walk_end(toy_master: Path) -> None:
+    async def work() -> None:
+        async with master_of(toy_master, walking(toy_master)) as master:
+            done = [Passed("math", (), "fine")]
+            for at, first, later in (("math", {"law", "health"}, {"law", "health", END}), ("law", {"health"}, {"health"})):
+                assert {n for n, _ in (await master.decide("why court", at, rewriting=False)).alternatives} == first, "a walk has at least one step"
+                assert {n for n, _ in (await master.decide("why court", at, rewriting=False, trace=done)).alternatives} == later
+            assert {n for n, _ in (await master.decide("why court", "math", rewriting=False, trace=done, among=["law"])).alternatives} == {"law", END}
+            over = await master.decide("why court", "health", rewriting=True, trace=done, ahead=True)
+            assert (over.node, over.chosen, over.token, over.rewritten, over.rewrite_note) == (END, END, -1, "", "the walk ends")
+            assert over.probability == pytest.approx(1, abs=1e-3) and over.more is None and json.dumps(over.to_json())
+
+    asyncio.run(work())
+
+
+def test_no_threshold_holds_within_a_walk(toy_master: Path) -> None:
+    async def work() -> None:
+        text = walking(toy_master).replace("master: {", "master: {threshold: 1, fallback: health, ")
+        async with master_of(toy_master, text) as master:
+            for query, _ in toy_queries(3):
+                found = await master.decide(query, "math", rewriting=False, trace=[Passed("math", (), "fine")])
+                assert not found.fallback and found.node == found.chosen
+
+    asyncio.run(work())
+
+
+def test_more_is_what_the_next_decision_would_say_of_the_end(toy_master: Path) -> None:
+    async def work() -> None:
+        async with master_of(toy_master, walking(toy_master)) as master:
+            seen = set()
+            for query, _ in toy_queries(4):
+                plain = await master.decide(query, rewriting=True)
+                made = await master.decide(query, rewriting=True, ahead=True)
+                assert plain.more is None and "more" not in plain.to_json() and made.chosen == plain.chosen and made.written == plain.written
+                assert made.more is not None and made.to_json()["more"] == round(made.more, 4)
+                seen.add(made.chosen)
+                if made.chosen == "math":
+                    following = await master.decide(query, "math", rewriting=False, trace=[Passed("math", made.written)])
+                    assert made.more == pytest.approx(1 - dict(following.alternatives)[END], abs=1e-3)
+                else:
+                    assert made.more == {"law": 1.0, "health": 0.0}[made.chosen], "only a node may follow law, nothing may follow health"
+            assert seen == set(WORDS)
+
+    asyncio.run(work())
+
+
+def test_a_walk_goes_on_from_what_was_written_only_where_that_came_to_an_end(toy_master: Path) -> None:
+    async def work() -> None:
+        async with master_of(toy_master, walking(toy_master)) as master:
+            for query, _ in toy_queries(3):
+                made = await master.decide(query, rewriting=True, ahead=True)
+                if made.rewrite_note in ("cut off", "loops"):
+                    assert made.written == () and made.rewrite_tokens > 0
+                else:
+                    assert len(made.written) == made.rewrite_tokens
+            assert (await master.decide("sum", rewriting=False, ahead=True)).written == ()
+
+    asyncio.run(work())
+
+
+def test_a_walk_that_is_too_long_for_the_master_is_told_more_briefly_the_oldest_steps_first(toy_master: Path) -> None:
+    async def work() -> None:
+        async with master_of(toy_master, toy_graph(toy_master).replace("['*']}", "['*'], math: ['*', end]}"), context=320) as master:
+            query = "why court contract"
+            start, count, _ = await master.prompt(query)
+            written = [tuple(await master.engine.tokenise(f"request {i} " + "x" * 40)) for i in range(9)]
+            trace = [Passed("math", ids, "an answer") for ids in written]
+            ids, _, _ = await master.prompt(query, trace)
+            assert ids[:len(start)] == start and len(ids) <= 320 - count - REQUEST_ROOM
+            held = [any(tuple(ids[at:at + len(w)]) == w for at in range(len(ids))) for w in written]
+            assert held == sorted(held) and held[-1] and not held[0], "the newest are told whole"
+            assert ids.count(master.vocabulary.first_id) == 9, "each step is told at least by its name"
+            for done in (8, 9):
+                assert (await master.decide(query, "math", rewriting=True, trace=trace[:done], ahead=True)).chosen in {*WORDS, END}
+            assert (await master.prompt(query, trace[:1]))[0] == [*start, master.vocabulary.first_id, *written[0], master.vocabulary.end_id, *[
+                i for s in prompts.passed("an answer") for i in await master.engine.tokenise(s.text, s.special)]]
 
     asyncio.run(work())

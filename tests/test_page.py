@@ -16,6 +16,7 @@ from playwright.sync_api import sync_playwright
 
 from conftest import WORDS, serving, toy_queries
 from lmgraph.serve import page as files
+from test_hops import Upstream
 
 BROWSER = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -225,6 +226,88 @@ def test_conversations_are_kept_opened_and_deleted(visit: Visit) -> None:
     row.get_by_role("button", name="Delete it").click()
     row.wait_for(state="detached")
     page.wait_for_selector(".turn", state="detached")
+
+
+# ---------------------------------------------------------------- walks
+
+WALKS = {"answer": {"mode": "walk"}, "edges": {"start": ["law"], "law": ["math"], "math": None}}
+"""from law to math, where it ends, whatever the master thinks"""
+LINES = "document.getElementById('drawing')._cyreg.cy.edges('%s').map((edge) => edge.id()).sort()"
+
+
+@pytest.fixture
+def patch(gateway: tuple[str, str]) -> Any:
+    def patched(**parts: Any) -> None:
+        answer = httpx.patch(f"{gateway[0]}/v1/graph", json=parts, headers={"authorization": f"Bearer {gateway[1]}"})
+        assert answer.status_code == 200, answer.text
+
+    return patched
+
+
+def test_a_walk_shows_its_steps_as_they_come_and_who_works(visit: Visit, patch: Any) -> None:
+    page = visit.page
+    with Upstream("forty nine").running() as math, math.being("hold"):
+        url = math.worker.partition("['")[2].partition("']")[0]
+        patch(nodes={"math": {"worker": {"kind": "openai", "urls": [url], "model": "m", "answers": None}}, "law": {"rewrite": "never"}}, **WALKS)
+        visit.load()
+        page.fill("#question", "how many, squared")
+        page.press("#question", "Enter")
+        page.wait_for_selector(".walk [data-hop='1'].working >> text=math is working")
+        first = page.locator(".walk [data-hop='0']")
+        assert first.get_attribute("data-step") == "law" and "answered in" in first.inner_text() and page.locator(".answer").inner_text() == ""
+        first.locator("summary").click()
+        assert "how many, squared" in first.locator(".part").inner_text() and "answer to how many, squared" in first.locator(".part").inner_text()
+        lit = page.locator("#nodes [data-lit]")
+        assert lit.count() == 1 and lit.get_attribute("data-node") == "math" and page.inner_text("#status") == "math at work, step 2."
+        assert page.evaluate(LINES % ".lit") == ["law math next", "start law first"] and page.evaluate(LINES % ".flowing") == ["law math next"]
+        math.free.set()
+        turn = page.locator(".turn[data-state=done]")
+        turn.wait_for()
+    assert turn.locator(".answer").inner_text() == "forty nine" and turn.get_attribute("data-node") == "math"
+    steps = turn.locator(".walk li[data-step]")
+    assert [row.get_attribute("data-step") for row in steps.all()][:3] == ["master", "law", "math"] and turn.locator(".working").count() == 0
+    assert f"{steps.count() - 1} steps" in turn.locator(".route").inner_text()
+    assert page.inner_text("#status") == f"{steps.count() - 1} steps; math answered." and lit.get_attribute("data-node") == "math"
+    visit.load()
+    assert page.locator(".turn .walk li").count() == steps.count() > 2 and page.evaluate(LINES % ".lit")[0] == "law math next", "kept, too"
+
+
+def test_a_step_that_fails_and_one_that_was_not_finished_are_told(visit: Visit) -> None:
+    def progress(kind: str, hop: int, **more: Any) -> dict[str, Any]:
+        return {"choices": [], "lmgraph": {"progress": {"kind": kind, "hop": hop, "node": ("law", "math", "law")[hop], "request": "x"} | more}}
+
+    decision = {"node": "law", "chosen": "law", "token": 1, "probability": 0.9, "alternatives": [], "query": "x", "rewritten": "x", "ms": {}, "tokens": {}}
+    chunks = [{"choices": [], "lmgraph": {"decision": decision}}, {"choices": [], "lmgraph": {"progress": {"kind": "plan", "hops": [{"node": node} for node in ("law", "math", "law")]}}},
+              progress("began", 0), progress("began", 1), progress("ended", 0, ms=1500, error="<b>closed</b>", answer="")]
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + 'data: {"error": {"message": "math is down"}}\n\n'
+    visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    turn = visit.ask("a plan", "failed")
+    rows = [row.inner_text().partition("\n")[0] for row in turn.locator(".walk [data-hop]").all()]
+    assert rows == ["law failed after 1.5 s: <b>closed</b>", "math was not finished", "law is planned"]
+    assert "math is down" in turn.locator(".problem").inner_text()
+
+
+@pytest.mark.parametrize(("stopped", "words"), [("end", ""), ("tokens", "limit of tokens reached"), ("loop", "went round")])
+def test_it_is_said_why_a_walk_ended_before_its_end(visit: Visit, stopped: str, words: str) -> None:
+    trace = {"decision": None, "steps": [{"node": "law", "request": "x", "answer": "y", "hop": 0, "ms": 2, "error": "", "usage": {}}],
+             "walk": {"mode": "walk", "stopped": stopped, "hops": [{"node": "law"}]}}
+    chunks = [{"model": "lmgraph/law", "choices": [{"delta": {"content": "y"}}]}, {"choices": [], "lmgraph": {"trace": trace}}]
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    route = visit.ask("a walk").locator(".route span").all_inner_texts()
+    assert "1 step" in route and route[route.index("1 step") + 1:] == ([words] if words else [])
+
+
+def test_where_every_node_leads_to_every_other_only_what_a_walk_takes_is_drawn(visit: Visit, patch: Any) -> None:
+    page = visit.page
+    assert page.evaluate(LINES % ".next") == ["math end next", "math law next"]
+    patch(nodes={"law": {"rewrite": "never"}}, answer={"mode": "walk", "hops": 2}, edges={"start": ["law"], "law": ["*"], "math": ["*", "end"]})
+    visit.load()
+    assert page.evaluate(LINES % ".next") == []
+    visit.ask("how many, squared")
+    assert page.evaluate(LINES % ".next") == ["law math next"]
+    page.click("#new-chat")
+    assert page.evaluate(LINES % ".next") == []
 
 
 # ---------------------------------------------------------------- changing the graph

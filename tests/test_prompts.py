@@ -72,3 +72,17 @@ def test_shortening_leaves_the_callers_list_as_it_was() -> None:
 def test_shortening_twice_changes_nothing_more(ids: list[int], limit: int) -> None:
     once, _ = prompts.shorten(ids, limit)
     assert prompts.shorten(once, limit) == (once, 0)
+
+
+@given(QUERY, st.sampled_from(tokens.DIALECTS))
+@settings(max_examples=50, deadline=None)
+def test_an_answer_is_never_in_a_special_segment_and_a_plan_has_none(answer: str, dialect: str) -> None:
+    found = prompts.passed(answer, dialect)
+    tail = prompts.render("", dialect)[2]
+    assert found[-1] == tail and prompts.passed("", dialect) == (tail,)
+    if answer:
+        assert found == (prompts.Segment("\nAnswer: ", True), prompts.Segment(answer, False), tail)
+
+
+def test_of_a_long_answer_only_the_beginning_is_looked_at() -> None:
+    assert prompts.passed("x" * 9000)[1].text == "x" * prompts.ANSWER_CHARACTERS

@@ -78,7 +78,7 @@ def test_any_bytes_are_refused_or_an_object(body: bytes) -> None:
 
 def test_every_supported_field_arrives() -> None:
     found = call(model="lmgraph/law", instructions="be brief", stream=True, temperature=0, top_p=0.5, max_output_tokens=9, store=False, user="u",
-                 metadata={"a": "b"}, text={"format": {"type": "text"}}, lmgraph={"trace": True, "conversation": "c1"})
+                 metadata={"a": "b"}, text={"format": {"type": "text"}}, lmgraph={"trace": True, "conversation": "c1", "mode": "plan"})
     assert found.ask.messages == (Message("system", "be brief"), Message("user", "hi")) and found.ask.node == "law"
     assert (found.ask.temperature, found.ask.max_tokens, found.ask.options) == (0, 9, {"top_p": 0.5})
     assert (found.stream, found.trace, found.conversation, found.store) == (True, True, "c1", False)
@@ -86,6 +86,7 @@ def test_every_supported_field_arrives() -> None:
     assert (said.instructions, said.temperature, said.top_p, said.max_output_tokens, said.metadata, said.user) == ("be brief", 0, 0.5, 9, {"a": "b"}, "u")
     assert said.conversation and said.conversation.id == "c1" and (said.model_extra or {})["store"] is False
     plain = call()
+    assert (found.ask.mode, plain.ask.mode) == ("plan", "")
     assert (plain.stream, plain.trace, plain.conversation, plain.store, plain.ask.max_tokens, plain.ask.node) == (False, False, "", True, None, None)
 
 
@@ -144,7 +145,8 @@ def user(*parts: Any) -> list[Any]:
     ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16"), ({"max_output_tokens": 0}, "max_output_tokens", "0, expected"),
     ({"previous_response_id": "chatcmpl-1"}, "previous_response_id", "begins with resp_"), ({"previous_response_id": "resp_"}, "previous_response_id", "names no"),
     ({"conversation": {}}, "conversation.id", "missing"), ({"conversation": ""}, "conversation", "names no"), ({"lmgraph": {"conversation": "x" * 129}}, "lmgraph.conversation", "names no"),
-    ({"conversation": 3}, "conversation", "a number, expected text"), ({"conversation": "a/b"}, "conversation", "names no"), ({"lmgraph": {"progress": True}}, "lmgraph", "valid: trace"),
+    ({"conversation": 3}, "conversation", "a number, expected text"), ({"conversation": "a/b"}, "conversation", "names no"), ({"lmgraph": {"progress": True}}, "lmgraph", "valid: trace, conversation, mode"),
+    ({"lmgraph": {"mode": "stroll"}}, "lmgraph.mode", "valid: single, vote, auto, walk, plan"), ({"lmgraph": {"mode": 3}}, "lmgraph.mode", "a number, expected text"),
     ({"conversation": "a", "previous_response_id": "resp_a"}, "previous_response_id", "give one"), ({"lmgraph": {"trace": 1}}, "lmgraph.trace", "true or false"),
 ])
 def test_a_bad_body_is_refused_with_the_field_and_what_was_expected(fields: dict[str, Any], param: str, words: str) -> None:

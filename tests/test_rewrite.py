@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmgraph import rewrite
-from lmgraph.rewrite import check, formulas, language, loops, negated, numbers, script
+from lmgraph.rewrite import check, check_part, formulas, language, loops, negated, numbers, script
 
 GOOD = [
     ("What is 12 times 7?", "Calculate the product of 12 and 7."),
@@ -214,3 +214,48 @@ def test_every_language_that_is_told_apart_has_words_of_negation(lang: str) -> N
 ])
 def test_a_text_that_goes_round_is_called_a_loop(text: str, round_and_round: bool) -> None:
     assert loops(text) is round_and_round
+
+
+# ---------------------------------------------------------------- requests that are one step of several
+
+
+TASK = "A tank of 120 litres holds \"Brine No. 5\" of 3.5 % salt. How much salt is that, and may I pour it into the brook without a permit?"
+
+
+@pytest.mark.parametrize(("request_", "earlier"), [
+    ("Compute the salt in 120 litres at 3.5 %.", 0), ("May somebody pour {0} of salt into a brook?", 1), ("Join {0} and {1}.", 2), ("Explain {0}: {1}", 2),
+    ("What is \"Brine No. 5\"?", 0), ("How much salt is that?", 0), ("Judge pouring {0}, without a permit", 1), (TASK, 0),
+])
+def test_a_request_for_a_part_may_leave_out_what_other_steps_are_asked(request_: str, earlier: int) -> None:
+    assert check_part(TASK, request_, True, earlier) == ""
+
+
+@pytest.mark.parametrize(("request_", "earlier", "complaint"), [
+    ("", 0, "empty"), ("{0}", 1, "empty"), (" {0}: {1}. ", 2, "empty"), ("Compute the salt in 125 litres.", 0, "invented the number 125"),
+    ("May one pour 4.2 kg of {0}?", 1, "invented the number 4.2"), ("What is \"Brine No. 7\"?", 0, "invented the number 7"), ("What is \"sea water\"?", 0, "invented the quotation 'sea water'"),
+    ("Darf man das Salz in den Bach gießen und was ist mit dem Recht der Anlieger?", 0, "changed the language from en to de"), ("可以倒入小溪吗？", 0, "changed the script from latin to han"),
+    ("salt and salt and salt and salt and salt and salt and salt", 0, "loops"), ("Tell me everything about it. " * 2 + "And of all " + "x y z " * 99, 0, "loops"),
+    ("Explain {0}", 0, "needs the answer of step 1, which is not before it"), ("Explain {1} by {0}", 1, "needs the answer of step 2, which is not before it"),
+    ("Explain {17}", 3, "needs the answer of step 18"),
+])
+def test_a_request_for_a_part_may_add_nothing_and_need_nothing_that_is_not_there(request_: str, earlier: int, complaint: str) -> None:
+    assert check_part(TASK, request_, True, earlier).startswith(complaint)
+
+
+def test_a_request_for_a_part_that_was_cut_off_or_is_far_too_long_is_refused() -> None:
+    assert check_part("short?", "Explain the matter", finished=False) == "cut off"
+    assert check_part("short?", " ".join(f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(60))) == "much longer than the query"
+
+
+def test_places_of_the_users_own_text_cannot_be_told_from_those_of_answers() -> None:
+    query = "what does '{0} and {1}'.format(a, b) give, and is it legal?"
+    assert check_part(query, "What does '{0} and {1}'.format(a, b) give?", True, 2) == "{0} stands in the query itself"
+    assert check_part(query, "Is {2} legal?", True, 3) == ""
+    assert check_part(query, "Is that legal?", True, 0) == ""
+
+
+@given(ANYTHING, ANYTHING | st.lists(st.sampled_from(["{0}", "{1}", "{9}", "word ", "7 ", '"a b"'])).map("".join), st.booleans(), st.integers(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_any_request_for_a_part_is_judged_and_one_that_passes_needs_only_what_is_before_it(query: str, text: str, finished: bool, earlier: int) -> None:
+    if check_part(query, text, finished, earlier) == "":
+        assert finished and all(int(place) < earlier for place in rewrite.PLACE.findall(text)) and numbers(rewrite.PLACE.sub(" ", text)) <= numbers(query)

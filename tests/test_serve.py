@@ -164,6 +164,8 @@ def chat(**fields: Any) -> bytes:
     (chat(max_tokens=0), "max_tokens", "0, expected a whole number"), (chat(max_tokens=1.5), "max_tokens", "a whole number"),
     (chat(max_tokens=True), "max_tokens", "true or false"), (chat(stream="yes"), "stream", "expected true or false"),
     (chat(n=0), "n", "0, expected"), (chat(top_p=7), "top_p", "7, expected"), (chat(lmgraph={"trace": 1}), "lmgraph.trace", "true or false"),
+    (chat(lmgraph={"mode": "stroll"}), "lmgraph.mode", "valid: single, vote, auto, walk, plan"), (chat(lmgraph={"mode": 3}), "lmgraph.mode", "a number, expected text"),
+    (chat(lmgraph={"way": 1}), "lmgraph", "lmgraph.way is unknown; valid: trace, progress, conversation, mode"),
     (chat(model=7), "model", "a number, expected text"), (chat(messages=say("   ")), None, "The query is empty"),
 ])
 def test_a_bad_body_is_a_400_that_says_what_was_found_and_expected(http: httpx.Client, body: bytes, param: str | None, words: str) -> None:

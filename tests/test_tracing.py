@@ -140,6 +140,31 @@ def test_voters_begin_together_before_the_judge_and_the_root_has_what_all_of_the
     assert (root["gen_ai.response.model"], root["gen_ai.usage.input_tokens"], root["gen_ai.usage.output_tokens"]) == ("lmgraph/general", 6, 9)
 
 
+def test_hops_of_a_walk_lie_where_they_ended_also_side_by_side(collector: Collector) -> None:
+    to = opened(collector.url)
+    steps = (Step("law", SECRET, SECRET, ms=200, hop=0), Step("math", SECRET, ms=100, error=SECRET, hop=1), Step("health", SECRET, SECRET, ms=50, hop=1),
+             Step("general", SECRET, SECRET, ms=100, hop=2))
+    record(to, steps=steps, decision=DECISION, ended={0: BEGAN + 250_000_000, 1: BEGAN + 300_000_000, 2: BEGAN + 490_000_000})
+    to.close()
+    spans, _, body = received(collector)
+    times = {s.name: ((s.start_time_unix_nano - BEGAN) // 1_000_000, (s.end_time_unix_nano - BEGAN) // 1_000_000) for s in spans}
+    assert times == {"chat law": (50, 250), "chat math": (150, 250), "chat health": (250, 300), "chat general": (390, 490), "decide lmgraph": (25, 50),
+                     "chat lmgraph": (0, 500)}
+    assert {s.name: attributes(s).get("lmgraph.step.hop") for s in spans if s.kind == 3} == {"chat law": 0, "chat math": 1, "chat health": 1, "chat general": 2}
+    assert SECRET.encode() not in body
+
+
+def test_a_walk_that_failed_shows_its_hops_and_names_nobody_who_answered(collector: Collector) -> None:
+    to = opened(collector.url)
+    record(to, steps=(Step("law", "x", "y", ms=200, hop=0), Step("math", "z", ms=100, error="down", hop=1)), ended={0: BEGAN + 200_000_000, 1: BEGAN + 9**18}, status=502)
+    to.close()
+    spans = {s.name: s for s in received(collector)[0]}
+    second, root = spans["chat math"], spans["chat lmgraph"]
+    assert {name: s.status.code for name, s in spans.items()} == {"chat law": 0, "chat math": 2, "chat lmgraph": 2}
+    assert second.end_time_unix_nano == root.end_time_unix_nano, "inside its request, whatever was measured"
+    assert "gen_ai.response.model" not in attributes(root)
+
+
 @pytest.mark.parametrize("parent", [None, "", "nonsense", f"00-{'0' * 32}-{'cd' * 8}-01", "ä" * 55])
 def test_without_a_usable_parent_a_request_is_a_trace_of_its_own(collector: Collector, parent: str | None) -> None:
     to = opened(collector.url + "/")

@@ -790,9 +790,22 @@ def test_a_cancelled_embedded_answer_frees_its_sequence(toy_base: Path) -> None:
 
 def test_too_long_a_conversation_is_refused_and_the_next_is_answered(toy_base: Path) -> None:
     async def work(worker: EmbeddedWorker, shared: SharedEngine) -> None:
-        with pytest.raises(EngineError, match="room for 512"):
+        with pytest.raises(EngineError, match="room for 512, its answer included") as caught:
             await all_of(worker, (Message("user", "x" * 2000),))
-        assert (await all_of(worker))[-1].done
+        assert caught.value.too_long and (await all_of(worker))[-1].done
+
+    embedded(toy_base, work)
+
+
+def test_a_conversation_that_leaves_no_room_for_an_answer_is_not_begun(toy_base: Path) -> None:
+    async def work(worker: EmbeddedWorker, shared: SharedEngine) -> None:
+        around = len(await (await shared.get()).render([("user", "")]))
+        tight = (Message("user", "q" * (512 - 40 - around)),)
+        deltas = await all_of(worker, tight, 8)
+        assert deltas[-1].usage["prompt_tokens"] == 512 - 40 and deltas[-1].done
+        with pytest.raises(EngineError, match=r"The text has 472 tokens; .* is loaded with room for 512, its answer included") as caught:
+            await all_of(worker, tight, 100)
+        assert caught.value.too_long and "longer context" in caught.value.hint
 
     embedded(toy_base, work)
 

@@ -7,8 +7,6 @@ nowhere else. User text becomes ids with the parsing of special tokens switched 
 from __future__ import annotations
 
 import asyncio
-import http.client
-import json
 import secrets
 import threading
 import time
@@ -18,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lmgraph.errors import EngineError, MissingExtra
+from lmgraph.loopback import Loopback
 
 BIAS = 500.0
 """added to the logits of allowed ids; larger than any difference between logits, small enough for float32"""
@@ -50,9 +48,10 @@ class Piece:
 class Engine:
     """One loaded GGUF with `slots` sequences that are decoded together (continuous batching)."""
 
-    def __init__(self, server: Any, key: str, path: Path, slots: int, context: int) -> None:
+    def __init__(self, server: Any, key: str, path: Path, slots: int, context: int, adapters: Sequence[Path] = ()) -> None:
         self._server = server
-        self._api = _Api(server.listening_address, key)
+        self._adapters = tuple(adapters)
+        self._api = Loopback(server.listening_address, key)
         self._pool = ThreadPoolExecutor(max_workers=slots + 2, thread_name_prefix="lmgraph-engine")
         self._slots: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(slots):
@@ -63,8 +62,13 @@ class Engine:
         """tokens that one sequence may have, prompt and answer together"""
 
     @classmethod
-    async def open(cls, path: Path, *, context: int = 2048, slots: int = 1, threads: int = 1, states: bool = False) -> Engine:
-        """Load a model. `states=True` makes an engine for `state` only. Raises EngineError when llama.cpp refuses the file."""
+    async def open(
+        cls, path: Path, *, context: int = 2048, slots: int = 1, threads: int = 1, states: bool = False, adapters: Sequence[Path] = ()
+    ) -> Engine:
+        """Load a model. `states=True` makes an engine for `state` only; `adapters` are LoRAs that a session may put on (GGUF).
+
+        Raises EngineError when llama.cpp refuses a file.
+        """
         try:
             import xllamacpp
         except ImportError as error:
@@ -86,6 +90,7 @@ class Engine:
         params.cache_ram_mib = 0  # llama.cpp would keep the state of every past prompt, gigabytes of it
         key = secrets.token_hex(16)
         params.api_keys = [key]
+        params.lora_adapters = [_adapter(file) for file in adapters]
         if states:
             params.embedding = True
             params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST
@@ -97,7 +102,7 @@ class Engine:
             raise EngineError(
                 f"llama.cpp cannot load {path.name}: {error}", "Is the file whole? Check it: lmgraph pull --verify"
             ) from error
-        return cls(server, key, path, slots, context)
+        return cls(server, key, path, slots, context, adapters)
 
     async def close(self) -> None:
         """Unload the model."""
@@ -144,6 +149,12 @@ class Engine:
         """Wait for a free sequence and hold it: what one session sends shares its cached prefix. Use `async with`."""
         return Session(self, await self._slots.get())
 
+    def _worn(self, adapter: Path | None) -> dict[str, Any]:
+        """The part of a request that says which adapter is put on: none of them, or one alone."""
+        if not self._adapters:
+            return {}
+        return {"lora": [{"id": number, "scale": float(file == adapter)} for number, file in enumerate(self._adapters)]}
+
     async def state(self, ids: Sequence[int]) -> list[float]:
         """The final hidden state (D floats, after the last norm) at the last id. Only for engines opened with states=True."""
         answer = await self._run(self._server.handle_embeddings, {"input": list(ids), "embd_normalize": -1})
@@ -157,11 +168,12 @@ class Engine:
 
 
 class Session:
-    """One sequence of an engine, held by one caller."""
+    """One sequence of an engine, held by one caller. `adapter`: which one of the engine's is on; with another one nothing is cached."""
 
     def __init__(self, engine: Engine, slot: int) -> None:
         self._engine = engine
         self._slot = slot
+        self.adapter: Path | None = None
 
     async def __aenter__(self) -> Session:
         return self
@@ -183,6 +195,7 @@ class Session:
             "post_sampling_probs": True,
             "cache_prompt": True,
             "id_slot": self._slot,
+            **engine._worn(self.adapter),
         }
         began = time.perf_counter()
         answer = await engine._run(engine._server.handle_completions, body)
@@ -198,9 +211,19 @@ class Session:
         return Choice(found, took, int(timings.get("prompt_n", 0)), int(timings.get("cache_n", 0)))
 
     async def generate(
-        self, ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, want_ids: bool = False, forbidden: Sequence[int] = ()
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        want_ids: bool = False,
+        forbidden: Sequence[int] = (),
+        grammar: str = "",
     ) -> AsyncGenerator[Piece, None]:
-        """Stream an answer to `ids`, greedy at temperature 0. Leaving the stream stops the engine."""
+        """Stream an answer to `ids`, greedy at temperature 0. Leaving the stream stops the engine.
+
+        `grammar`: the answer is a text of this grammar (llama.cpp's GBNF), or the beginning of one where it is cut off at `max_tokens`.
+        """
         engine = self._engine
         body: dict[str, Any] = {
             "prompt": list(ids),
@@ -209,11 +232,14 @@ class Session:
             "stream": True,
             "cache_prompt": True,
             "id_slot": self._slot,
+            **engine._worn(self.adapter),
         }
         if want_ids:
             body["n_probs"] = 1
         if forbidden:
             body["logit_bias"] = [[i, False] for i in forbidden]
+        if grammar:
+            body["grammar"] = grammar
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
         left = threading.Event()
@@ -258,14 +284,20 @@ def _piece(chunk: dict[str, Any]) -> Piece:
     )
 
 
+def too_long(tokens: int, path: Path, room: int) -> EngineError:
+    """The error of a text that has no room in a loaded model."""
+    return EngineError(
+        f"The text has {tokens} tokens; {path.name} is loaded with room for {room}, its answer included.",
+        "Shorten the text, or give this node a model with a longer context.",
+        too_long=True,
+    )
+
+
 def _raise_error(answer: Any, path: Path) -> None:
     if isinstance(answer, dict) and "error" in answer:
         error = answer["error"]
         if isinstance(error, dict) and error.get("type") == "exceed_context_size_error":
-            raise EngineError(
-                f"The text has {error.get('n_prompt_tokens')} tokens; {path.name} is loaded with room for {error.get('n_ctx')}.",
-                "Shorten the text, or give this node a model with a longer context.",
-            )
+            raise too_long(error.get("n_prompt_tokens", 0), path, error.get("n_ctx", 0))
         message = error.get("message", error) if isinstance(error, dict) else error
         raise EngineError(f"llama.cpp refused a request to {path.name}: {message}")
 
@@ -282,45 +314,13 @@ def _start(params: Any, states: bool) -> Any:
     return server
 
 
+def _adapter(path: Path) -> Any:
+    import xllamacpp
+
+    info = xllamacpp.CommonAdapterLoraInfo()
+    info.path, info.scale = str(path), 0.0
+    return info
+
+
 def _drop(server: Any) -> None:
     del server
-
-
-class _Api:
-    """llama.cpp's own loopback door, for what the binding does not expose (tokenising, templating); guarded by a random key."""
-
-    def __init__(self, address: str, key: str) -> None:
-        parts = urlsplit(address)
-        self._host, self._port, self._key = parts.hostname or "127.0.0.1", parts.port, key
-        self._local = threading.local()
-        self._open: list[http.client.HTTPConnection] = []
-
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        payload = json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        for attempt in (1, 2):
-            connection = getattr(self._local, "connection", None)
-            if connection is None:
-                connection = self._local.connection = http.client.HTTPConnection(self._host, self._port or 80, timeout=60)
-                self._open.append(connection)
-            try:
-                connection.request("POST", path, payload, headers)
-                response = connection.getresponse()
-                data = response.read()
-                break
-            except (http.client.HTTPException, OSError) as error:
-                connection.close()
-                self._local.connection = None
-                if attempt == 2:
-                    raise EngineError(f"llama.cpp does not answer on loopback ({path}): {error}") from error
-        try:
-            answer = json.loads(data)
-        except ValueError as error:
-            raise EngineError(f"llama.cpp answered {response.status} to {path}: {data[:120]!r}") from error
-        if response.status != 200:
-            raise EngineError(f"llama.cpp answered {response.status} to {path}: {answer.get('error', {}).get('message', answer)}")
-        return dict(answer)
-
-    def close(self) -> None:
-        for connection in self._open:
-            connection.close()

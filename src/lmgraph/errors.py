@@ -123,9 +123,13 @@ class NoDecision(MasterError):
 
 
 class OutsideError(LmgraphError):
-    """Something that lmgraph calls has failed."""
+    """Something that lmgraph calls has failed. `too_long`: the text had no room in the model; a shorter one may have."""
 
     code = "outside_error"
+
+    def __init__(self, message: str, hint: str = "", *, too_long: bool = False) -> None:
+        super().__init__(message, hint)
+        self.too_long = too_long
 
 
 class EngineError(OutsideError):

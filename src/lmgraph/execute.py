@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerTimeout
 from lmgraph.graph import Node
+from lmgraph.patience import Patience
 from lmgraph.types import Delta, Message, Step
 from lmgraph.workers.base import Worker
 
@@ -31,19 +33,22 @@ async def run(
     whole: bool = False,
     answering: Callable[[str], None] | None = None,
     tried: Sequence[Step] = (),
+    shorten: Callable[[], Sequence[Message] | None] | None = None,
 ) -> AsyncGenerator[Delta | Step, None]:
     """Stream one step: Deltas of text, and one Step per node that was tried, when it is over (the last one, before the last Delta,
     holds the answer).
 
     `chain` are the nodes to try after `node`, in order; `answering` is told the one whose worker gives the first piece. `tried` are
-    steps that have failed before. Raises the last error when all fail.
+    steps that have failed before. `shorten` gives the messages with less in them, for a worker whose model has no room for them (None:
+    nothing more can be left out). Raises the last error when all fail.
     """
     request = messages[-1].content
     steps = list(tried)
     last: OutsideError | None = None
     for candidate in (node, *chain):
         attempts = 1 + candidate.worker.retries
-        for attempt in range(1, attempts + 1):
+        attempt = 1
+        while True:
             began = time.perf_counter()
             first = 0.0
             text: list[str] = []
@@ -51,7 +56,8 @@ async def run(
                 worker = await open_worker(candidate)
                 limit = max_tokens or candidate.worker.max_tokens
                 stream = worker.stream(messages, max_tokens=limit, temperature=temperature, options=options, whole=whole)
-                patience = _Patience(candidate.worker.timeout_s)
+                seconds = candidate.worker.timeout_s
+                patience = Patience(seconds, partial(WorkerTimeout, f"No answer within {seconds:g} s."))
                 try:
                     while True:
                         with patience:
@@ -80,12 +86,17 @@ async def run(
                     yield Step(candidate.name, request, "".join(text), took, first, attempt, error.message)
                     words = f"Node {candidate.name!r} failed in the middle of its answer: {error.message}"
                     raise type(error)(words, error.hint) from error
+                if error.too_long and shorten and (shorter := shorten()):
+                    messages = shorter
+                    request = messages[-1].content
+                    continue
                 refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in (408, 429)
                 if attempt == attempts or refused or isinstance(error, (WorkerTimeout, EngineError)):
                     steps.append(Step(candidate.name, request, "", took, 0.0, attempt, error.message))
                     yield steps[-1]
                     break
                 await asyncio.sleep(min(0.2 * 2 ** (attempt - 1), 2.0))
+                attempt += 1
     assert last is not None
     raise failure(steps, last)
 
@@ -93,47 +104,3 @@ async def run(
 def failure(steps: Sequence[Step], last: OutsideError) -> OutsideError:
     """The error when every step has failed: it names each, and is of the kind of the last one."""
     return type(last)(f"No worker could answer ({', '.join(f'{s.node}: {s.error}' for s in steps)})", last.hint)
-
-
-class _Patience:
-    """`with patience:` raises WorkerTimeout when what is awaited inside takes too long; one timer for many rounds.
-
-    Not `asyncio.wait_for`: that starts a task for every piece of an answer (Python 3.11), which costs more than reading it.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[object] | None = None
-        """who waits; None between two rounds"""
-        self._deadline = 0.0
-        self._expired = False
-
-    def __enter__(self) -> None:
-        self._task = asyncio.current_task()
-        self._deadline = self._loop.time() + self._seconds
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._deadline, self._ring)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        task, self._task = self._task, None
-        if self._expired and isinstance(error, asyncio.CancelledError):
-            if task is not None and hasattr(task, "uncancel"):  # Python 3.11: it is we who cancelled
-                task.uncancel()
-            raise WorkerTimeout(f"No answer within {self._seconds:g} s.") from error
-
-    def _ring(self) -> None:
-        self._timer = None
-        if self._task is None:
-            return
-        if self._loop.time() < self._deadline:
-            self._timer = self._loop.call_at(self._deadline, self._ring)
-        else:
-            self._expired = True
-            self._task.cancel()
-
-    def end(self) -> None:
-        """Stop the timer."""
-        if self._timer is not None:
-            self._timer.cancel()

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-from lmgraph import assets, bundles, graphfile
+from lmgraph import adapters, assets, bundles, graphfile
 from lmgraph.errors import AssetError, GraphError
 from lmgraph.graph import Graph
 from lmgraph.tokens import Vocabulary
@@ -111,3 +111,15 @@ def master_file(name: str, cache: Path, beside: Path | None, watcher: Watcher) -
     base = model_file(asset.name, cache, beside, watcher)
     path = bundles.ready(bundle, base, cache, lambda done, total: watcher.progress(f"merging master {bundle.name}", done, total))
     return path, bundle.vocabulary
+
+
+def adapter_files(given: Graph, beside: Path | None) -> dict[str, Path]:
+    """Node -> its adapter (relative ones: beside the graph), each checked. Raises AssetError, VocabularyMismatch."""
+    named = {name: Path(node.adapter).expanduser() for name, node in given.nodes.items() if node.adapter}
+    if not named:
+        return {}
+    digest = "" if given.master.bundle.endswith(".gguf") else bundles.read(given.master.bundle, beside).digest
+    found = {name: path if path.is_absolute() or beside is None else beside / path for name, path in named.items()}
+    for name, path in found.items():
+        adapters.check(path, digest, name)
+    return found

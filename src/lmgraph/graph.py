@@ -13,9 +13,12 @@ START, END = "start", "end"
 KINDS = ("embedded", "openai", "scripted")
 REWRITE = ("auto", "always", "never")
 MODALITIES = ("text", "image", "audio")
-MODES = ("single", "vote")
+MODES = ("single", "vote", "auto", "walk", "plan")
 VOTERS = (2, 9)
 """fewest and most workers of a vote"""
+WALKS = ("auto", "walk", "plan")
+"""modes in which a query may need several hops"""
+MOST_HOPS = 20
 VERSION = 1
 
 
@@ -37,11 +40,17 @@ class WorkerSpec:
     temperature: float | None = None
     answers: Mapping[str, str] = field(default_factory=dict)
     """`scripted` only: request -> answer, '*' for any"""
+    price: tuple[float, float] = (0.0, 0.0)
+    """of a million tokens of prompt and of completion, in any one currency"""
 
 
 @dataclass(frozen=True)
 class AnswerSpec:
-    """How a query is answered: by one worker (`single`), or by `workers` of them whose answers are weighed (`vote`)."""
+    """How a query is answered: by one worker (`single`), by `workers` of them whose answers are weighed (`vote`), or by a walk.
+
+    `walk`: the master chooses hop by hop; `plan`: it writes all steps first; `auto`: a walk where the master says that one expert is not
+    enough, else a single worker. A walk stops at `hops`, `seconds`, `tokens` (of all steps together) and `cost` (None: no limit).
+    """
 
     mode: str = "single"
     workers: int = 3
@@ -49,6 +58,12 @@ class AnswerSpec:
     """node -> measured probability that its worker is right; the most competent of them vote. None named: the master's best"""
     judge: str = ""
     """node whose worker makes one answer out of free texts, which no vote can compare; '': the most competent answer is taken"""
+    hops: int = 6
+    seconds: float = 600.0
+    tokens: int = 50_000
+    cost: float | None = None
+    compose: str = ""
+    """node whose worker makes one answer out of a walk's parts, where it has several; '': the last step's worker"""
 
 
 @dataclass(frozen=True)
@@ -138,8 +153,9 @@ def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "
         for voter in spec.voters:
             if voter not in names:
                 say((*path, "voters", voter), f"{'.'.join(path)}: voter {voter!r} is no node; valid: {', '.join(graph.nodes)}")
-        if spec.judge and spec.judge not in names:
-            say((*path, "judge"), f"{'.'.join(path)}: judge {spec.judge!r} is no node; valid: {', '.join(graph.nodes)}")
+        for role in ("judge", "compose"):
+            if (name := getattr(spec, role)) and name not in names:
+                say((*path, role), f"{'.'.join(path)}: {role} {name!r} is no node; valid: {', '.join(graph.nodes)}")
     if not graph.edges.get(START) and names:
         say(("edges",), 'no edge leaves start: nothing can be chosen first; write  start: ["*"]')
     for at, targets in graph.edges.items():
@@ -159,6 +175,48 @@ def check(graph: Graph, where: Callable[[tuple[str, ...]], str] = lambda path: "
         elif graph.neighbours(name) and END not in graph.reachable(name) and not _stops(graph, name):
             say(("edges", name), f"from {name!r} the walk can never end (a cycle to nowhere); connect it: lmgraph graph connect {name} end")
     return problems
+
+
+def notes(graph: Graph) -> list[str]:
+    """What is no problem, and worth knowing before a walk: dead ends, and cycles that only the limit of hops stops."""
+    out: list[str] = []
+    hops = max((spec.hops for _, spec in _answers(graph) if spec.mode in WALKS), default=0)
+    if not hops:
+        return out
+    if dead := [name for name in graph.nodes if not graph.neighbours(name)]:
+        out.append(
+            f"dead ends: after {', '.join(dead)} a walk is over, whatever is left to do; connect: lmgraph graph connect {dead[0]} NODE end"
+        )
+    before: dict[str, list[str]] = {name: [] for name in graph.nodes}
+    for name in graph.nodes:
+        for following in graph.neighbours(name):
+            if following != END:
+                before[following].append(name)
+    backwards = Graph(graph.nodes, {name: tuple(those) for name, those in before.items()})
+    seen: set[str] = set()
+    for name in graph.nodes:
+        if name not in seen and (ring := _cycle(graph, name)):
+            together = graph.reachable(name) & backwards.reachable(name)
+            seen |= together
+            out.append(
+                f"{len(together)} nodes lie on cycles, such as {' -> '.join(ring)}: a walk there goes on until the master chooses the end, "
+                f"or to the limit of {hops} hops"
+            )
+    return out
+
+
+def _cycle(graph: Graph, name: str) -> list[str]:
+    """A shortest way from a node back to it, [] where there is none."""
+    ways = [[name]]
+    seen: set[str] = set()
+    for way in ways:  # grows while it is read: breadth first
+        for following in graph.neighbours(way[-1]):
+            if following == name:
+                return [*way, name]
+            if following not in seen and following != END:
+                seen.add(following)
+                ways.append([*way, following])
+    return []
 
 
 def _answers(graph: Graph) -> list[tuple[tuple[str, ...], AnswerSpec]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmgraph.graph import KINDS, MODALITIES, MODES, REWRITE, VERSION, VOTERS
+from lmgraph.graph import KINDS, MODALITIES, MODES, MOST_HOPS, REWRITE, VERSION, VOTERS
 
 
 def schema() -> dict[str, Any]:
@@ -26,6 +26,13 @@ def schema() -> dict[str, Any]:
             "max_tokens": {"type": "integer", "minimum": 1},
             "temperature": {**number, "minimum": 0, "maximum": 2},
             "answers": {"type": "object", "description": "scripted only: request -> answer, '*' for any"},
+            "price": {
+                "type": "array",
+                "items": {**number, "minimum": 0},
+                "minItems": 2,
+                "maxItems": 2,
+                "description": "of a million tokens: [prompt, completion]",
+            },
         },
     }
     competence = {**number, "exclusiveMinimum": 0, "exclusiveMaximum": 1}
@@ -35,7 +42,16 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
         "description": "a node's own wins over the graph's",
         "properties": {
-            "mode": {"enum": list(MODES), "description": "single: one worker answers; vote: several do, and their answers are weighed"},
+            "mode": {
+                "enum": list(MODES),
+                "description": "single: one worker answers; vote: several do, and their answers are weighed; walk: the master chooses "
+                "hop by hop; plan: it writes all steps first; auto: a walk where one expert is not enough",
+            },
+            "hops": {"type": "integer", "minimum": 1, "maximum": MOST_HOPS, "description": "most steps of a walk"},
+            "seconds": {**number, "exclusiveMinimum": 0, "description": "longest time of a walk"},
+            "tokens": {"type": "integer", "minimum": 1, "description": "most tokens of all steps of a walk together"},
+            "cost": {**number, "minimum": 0, "description": "greatest cost of a walk, by the workers' prices"},
+            "compose": {**text, "description": "node whose worker makes one answer out of a walk's parts"},
             "workers": {"type": "integer", "minimum": VOTERS[0], "maximum": VOTERS[1], "description": "how many vote"},
             "voters": {
                 "type": "object",

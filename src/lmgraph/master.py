@@ -1,6 +1,7 @@
 """The master: (query, where we stand) -> Decision. Only neighbours may be chosen; the choice is one forward pass.
 
-It joins engine, prompts, tokens, the rewrite guard and the graph. It asks no worker and keeps no conversation.
+It joins engine, prompts, tokens, the rewrite guard and the graph. It asks no worker and keeps no conversation. A walk is asked for hop by
+hop: what came before is handed over as a trace, and its prefix is still cached.
 One decision holds one sequence of the engine: choose (prefill, softmax over the allowed functional tokens), then, where the
 node wants it, write the rewritten query with the same cached prefix until the end token.
 """
@@ -9,20 +10,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lmgraph import prompts, rewrite, tokens
 from lmgraph.engine import Engine, Session
 from lmgraph.errors import NoDecision, QueryError, VocabularyMismatch
 from lmgraph.graph import END, START, Graph
 from lmgraph.tokens import Vocabulary
-from lmgraph.types import Decision
+from lmgraph.types import Decision, Passed
 
 QUERY_LIMIT = 256
 """query tokens that the master reads; longer queries are shortened for the decision only"""
 REWRITE_LIMIT = 160
 """query tokens up to which `rewrite: auto` writes a new query: a longer one carries its own context"""
+REQUEST_ROOM = 48
+"""tokens that a request may have besides as many as its query has, before the trace of a walk is told more briefly"""
 MAX_CHARACTERS = 200_000
+MORE = 0.5
+"""probability of another step from which on a query counts as a task of several steps"""
 TOP = 20
 """nodes whose probabilities a decision names"""
 ORDINARY = (" the", " a", " and", " of")
@@ -34,8 +41,10 @@ LEAST = 1e-30
 class Master:
     """Chooses and rewrites. `graph` and `vocabulary` must fit: see `fits`."""
 
-    def __init__(self, engine: Engine, vocabulary: Vocabulary, graph: Graph) -> None:
+    def __init__(self, engine: Engine, vocabulary: Vocabulary, graph: Graph, adapters: Mapping[str, Path] | None = None) -> None:
         fits(graph, vocabulary)
+        self.adapters = adapters or {}
+        """of nodes that bring their own to what follows them"""
         self.engine = engine
         self.vocabulary = vocabulary
         self.graph = graph
@@ -51,75 +60,131 @@ class Master:
         among: Sequence[str] | None = None,
         stay: str = "",
         scoped: bool = False,
+        trace: Sequence[Passed] = (),
+        ahead: bool = False,
     ) -> Decision:
         """Decide where `query` goes from node `at`. `rewriting` overrides the nodes' own `rewrite:` setting; `among` narrows the choice.
 
         `scoped`: the decision says how far the query belongs to a node at all (`Decision.scope`), as it does where the graph sets a scope.
         Node `stay` is chosen unless another one is more probable by the graph's margin, or it may not follow `at`.
+        `trace`: the steps that brought the walk here; then `end` is a candidate too, where the graph allows it (`Decision.node` is END).
+        `ahead`: whether another step would follow this one is asked, too (`Decision.more`), at the cost of a few tokens.
         Raises QueryError for a query without content, NoDecision when nothing may follow `at`.
         """
         if not query.strip():
             raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
         if len(query) > MAX_CHARACTERS:
             raise QueryError(f"The query has {len(query):,} characters; at most {MAX_CHARACTERS:,} are taken.")
-        names = [name for name in self.graph.neighbours(at) if name != END and (among is None or name in among)]
+        names = self._following(at, among, bool(trace))
         if not names:
             raise NoDecision(f"No node may follow {at!r}.", f"Connect one: lmgraph graph connect {at} NODE")
         began = time.perf_counter()
-        prompt, query_tokens, shortened = await self.prompt(query)
+        prompt, query_tokens, shortened = await self.prompt(query, trace)
         tokenised = time.perf_counter()
-        allowed = {self.vocabulary.first_id + self.graph.nodes[name].token: name for name in names}
         async with await self.engine.session() as session:
             started = time.perf_counter()
-            words = await self._ordinary() if scoped or self.graph.master.scope is not None else []
-            top = len(allowed) + len(words) if words else TOP
-            choice = await session.choose(prompt, [*allowed, *words], self.vocabulary.temperature, top)
-            mass = sum(p for i, p in choice.probabilities if i in allowed) if words else 1.0
-            if not choice.probabilities or not mass:
-                raise NoDecision("The master gave no probability to any allowed node.")
-            ranked = tuple((allowed[i], p / mass) for i, p in choice.probabilities if i in allowed)[:TOP]
-            odds = ranked[0][1] * mass / max(sum(p for i, p in choice.probabilities if i in words), LEAST) if words else 0.0
-            scope = math.log(odds) * self.vocabulary.temperature if words else None
+            session.adapter = self.adapters.get(at)
+            ranked, scope = await self._choose(session, prompt, names, scoped)
             chosen, probability = ranked[0]
             stayed = chosen != stay and probability - dict(ranked).get(stay, -1.0) < self.graph.master.margin
             if stayed:
                 chosen, probability = stay, dict(ranked)[stay]
-            node, fallback = (chosen, False) if chosen == stay else self._threshold(chosen, probability, scope, names)
+            node, fallback = (chosen, False) if chosen == stay or trace else self._threshold(chosen, probability, scope, names)
             decided = time.perf_counter()
-            text, note, written = query, "", 0
-            if fallback:
-                note = "fallback: the original query"
-            elif self._wants_rewrite(node, query_tokens, shortened, rewriting):
-                text, note, written = await self._rewrite(session, query, prompt, self.graph.nodes[chosen].token, query_tokens)
-            else:
-                note = "not asked for" if query_tokens <= REWRITE_LIMIT else "long query, passed on as it is"
+            said = _Said(query, note="not asked for" if query_tokens <= REWRITE_LIMIT else "long query, passed on as it is")
+            if chosen == END:
+                said = _Said("", note="the walk ends")
+            elif self._wants_rewrite(node, query_tokens, shortened, rewriting) and not fallback:
+                said = await self._rewrite(session, query, prompt, self.graph.nodes[chosen].token, query_tokens)
+            more = None
+            if ahead and chosen != END:
+                more = await self._more(session, prompt, chosen, said.ids)
+            if chosen != END:
+                said = said.checked(query, len(trace) if trace or (more or 0.0) >= MORE else None, fallback)
             done = time.perf_counter()
         return Decision(
             query=query,
             node=node,
             chosen=chosen,
-            token=self.graph.nodes[chosen].token,
+            token=self.graph.nodes[chosen].token if chosen != END else -1,
             probability=probability,
             alternatives=ranked,
-            rewritten=text,
-            rewrite_note=note,
+            rewritten=said.text,
+            rewrite_note=said.note,
             fallback=fallback,
             stayed=stayed,
             scope=scope,
+            more=more,
+            written=said.ids,
             shortened=shortened,
             tokenise_ms=(tokenised - began) * 1000,
             prefill_ms=(decided - started) * 1000,
             decode_ms=(done - decided) * 1000,
             prompt_tokens=len(prompt),
-            rewrite_tokens=written,
+            rewrite_tokens=said.count,
         )
 
-    async def prompt(self, query: str) -> tuple[list[int], int, int]:
-        """(ids of the whole prompt, query tokens, query tokens left out)."""
+    def _following(self, at: str, among: Sequence[str] | None, ending: bool) -> list[str]:
+        """Who may come next: neighbours of `at` (of `among`), and the end where a step has been made and the graph lets it end here."""
+        following = self.graph.neighbours(at)
+        names = [name for name in following if name != END and (among is None or name in among)]
+        return [*names, END] if ending and (END in following or not following) else names
+
+    async def _choose(
+        self, session: Session, prompt: Sequence[int], names: Sequence[str], scoped: bool = False
+    ) -> tuple[tuple[tuple[str, float], ...], float | None]:
+        """((name, probability) best first, log-odds against ordinary words where they are asked for): one forward pass."""
+        allowed = {self._id(name): name for name in names}
+        words = await self._ordinary() if scoped or self.graph.master.scope is not None else []
+        top = len(allowed) + len(words) if words else TOP
+        choice = await session.choose(prompt, [*allowed, *words], self.vocabulary.temperature, top)
+        mass = sum(p for i, p in choice.probabilities if i in allowed) if words else 1.0
+        if not choice.probabilities or not mass:
+            raise NoDecision("The master gave no probability to any allowed node.")
+        ranked = tuple((allowed[i], p / mass) for i, p in choice.probabilities if i in allowed)[:TOP]
+        if not words:
+            return ranked, None
+        odds = ranked[0][1] * mass / max(sum(p for i, p in choice.probabilities if i in words), LEAST)
+        return ranked, math.log(odds) * self.vocabulary.temperature
+
+    async def _more(self, session: Session, prompt: Sequence[int], chosen: str, written: Sequence[int]) -> float:
+        """Probability that another step follows this one: the same walk one choice further, before anything is answered."""
+        names = self._following(chosen, None, ending=True)
+        if names == [END]:
+            return 0.0
+        if END not in names:
+            return 1.0
+        ids = [*prompt, *await self._told(Passed(chosen, tuple(written)))]
+        if len(ids) >= self.engine.context:
+            ids = [*prompt, *await self._told(Passed(chosen))]
+        session.adapter = self.adapters.get(chosen)
+        ranked, _ = await self._choose(session, ids, names)
+        return 1.0 - dict(ranked).get(END, 0.0)
+
+    def _id(self, name: str) -> int:
+        return self.vocabulary.end_id if name == END else self.vocabulary.first_id + self.graph.nodes[name].token
+
+    async def prompt(self, query: str, trace: Sequence[Passed] = ()) -> tuple[list[int], int, int]:
+        """(ids of the whole prompt, query tokens, query tokens left out). The oldest steps of too long a trace are names only."""
         head, body, tail = prompts.render(query, self.vocabulary.dialect)
         ids = await self.engine.tokenise(body.text, body.special)
         kept, left_out = prompts.shorten(ids, QUERY_LIMIT)
-        return await self._fixed(head) + kept + await self._fixed(tail), len(ids), left_out
+        whole = await self._fixed(head) + kept + await self._fixed(tail)
+        steps = [await self._told(Passed(step.node)) for step in trace]
+        room = self.engine.context - len(whole) - len(kept) - REQUEST_ROOM - sum(map(len, steps))
+        for number in reversed(range(len(steps))):
+            told = await self._told(trace[number])
+            if (more := len(told) - len(steps[number])) <= room:
+                steps[number], room = told, room - more
+        return [*whole, *(i for told in steps for i in told)], len(ids), left_out
+
+    async def _told(self, step: Passed) -> list[int]:
+        """Ids of a finished step."""
+        ids = [self._id(step.node), *step.written, self.vocabulary.end_id]
+        for segment in prompts.passed(step.answer, self.vocabulary.dialect):
+            told = await self._fixed(segment) if segment.special else await self.engine.tokenise(segment.text)
+            ids += told if segment.special else prompts.shorten(told, prompts.ANSWER_LIMIT)[0]
+        return ids
 
     async def _fixed(self, segment: prompts.Segment) -> list[int]:
         if segment.text not in self._template:
@@ -148,8 +213,7 @@ class Master:
         setting = self.graph.nodes[node].rewrite
         return not shortened and (setting == "always" or (setting == "auto" and query_tokens <= REWRITE_LIMIT))
 
-    async def _rewrite(self, session: Session, query: str, prompt: list[int], token: int, query_tokens: int) -> tuple[str, str, int]:
-        """(request for the worker, why it is the original or '', tokens written)."""
+    async def _rewrite(self, session: Session, query: str, prompt: Sequence[int], token: int, query_tokens: int) -> _Said:
         vocabulary = self.vocabulary
         functional = [vocabulary.first_id + i for i in range(vocabulary.size)]
         parser = tokens.Parser(vocabulary)
@@ -167,9 +231,32 @@ class Master:
         finally:
             await stream.aclose()
         parsed = parser.parsed
-        request = tokens.unquote(vocabulary.dialect, text)
-        complaint = rewrite.check(query, request, parsed.finished or stopped)
-        return (query if complaint else request), complaint, len(parsed.text_ids)
+        text, finished = tokens.unquote(vocabulary.dialect, text), parsed.finished or stopped
+        astray = not finished or rewrite.loops(text)  # a walk would be led astray by what is cut off or loops
+        return _Said(text, () if astray else parsed.text_ids, finished, count=len(parsed.text_ids))
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the master wrote for a worker; `note` says why nothing. `ids` are what a walk goes on from, `count` how many were written."""
+
+    text: str
+    ids: tuple[int, ...] = ()
+    finished: bool = True
+    note: str = ""
+    count: int = 0
+
+    def checked(self, query: str, earlier: int | None, fallback: bool) -> _Said:
+        """The request, or the original query where the guard objects. `earlier`: steps before this one of several, None for an only one."""
+        if fallback:
+            return replace(self, text=query, note="fallback: the original query")
+        if self.note:
+            return self
+        if earlier is None:
+            complaint = rewrite.check(query, self.text, self.finished)
+        else:
+            complaint = rewrite.check_part(query, self.text, self.finished, earlier)
+        return replace(self, text=query if complaint else self.text, note=complaint)
 
 
 def fits(graph: Graph, vocabulary: Vocabulary) -> None:

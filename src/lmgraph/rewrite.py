@@ -16,6 +16,8 @@ _CJK = "\u3000-\u30ff\u3400-\u9fff\uac00-\ud7ff\uff00-\uffef"
 _RUN = re.compile(rf"[^\s\"“”{_CJK}]*")
 FORMULA = re.compile(r"\w[)\]}']*(?:[\^=≤≥<>+*/\\∑∫√≠→⊃∨∧≡±×÷]|(?<=[A-Za-z0-9])_(?=[A-Za-z0-9]))[\[({\-]*\w")
 """what makes a formula of the run of characters around it"""
+PLACE = re.compile(r"\{(\d{1,2})\}")
+"""where an earlier answer goes in the request of a step"""
 CHEMICAL = re.compile(r"\b(?:[A-Z][a-z]?\d*){2,}\b")
 _STRONG_EN = (
     r"\b(?:not|no|never|without|except|none|neither|nor|nothing|cannot|excluding)\b|n[o']t\b|n’t\b"
@@ -87,6 +89,31 @@ def check(query: str, rewrite: str, finished: bool = True) -> str:
     return ""
 
 
+def check_part(query: str, request: str, finished: bool = True, earlier: int = 0) -> str:
+    """The same for a request that is one step of several: it may leave out what other steps are asked, and may not add anything.
+
+    `earlier`: how many steps are before it. Places for their answers (`{0}`) are no part of its text; a place for another one is no place.
+    """
+    text = PLACE.sub(" ", request).strip(" :,.;：，。")
+    if not text:
+        return "empty"
+    if not finished:
+        return "cut off"
+    if loops(text):
+        return "loops"
+    if len(text) > 2 * len(query) + 120:
+        return "much longer than the query"
+    own = set(PLACE.findall(query))
+    for place in PLACE.findall(request):
+        if place in own:
+            return f"{{{place}}} stands in the query itself"
+        if int(place) >= earlier:
+            return f"needs the answer of step {int(place) + 1}, which is not before it"
+    if new := numbers(text) - numbers(query):
+        return f"invented the number {min(new)}"
+    return _invented_quote(query, text) or _language(query, text)
+
+
 def loops(text: str) -> bool:
     """Whether a stretch of words (or, without blanks, of characters) comes three times in a row or far too often."""
     units = text.split()
@@ -126,6 +153,10 @@ def _quotes(query: str, text: str) -> str:
         passage = next(g for g in match.groups() if g)
         if _plain(passage) not in _plain(text):
             return f"lost the quotation {passage[:40]!r}"
+    return _invented_quote(query, text)
+
+
+def _invented_quote(query: str, text: str) -> str:
     known = _plain(query)
     for match in QUOTED.finditer(text):
         passage = next(g for g in match.groups() if g)

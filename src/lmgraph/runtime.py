@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmgraph import execute, voting
+from lmgraph import execute, voting, walking
 from lmgraph.abreast import abreast
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, QueryError, RequestError, UserError, WorkerError
-from lmgraph.files import Quiet, Watcher, master_file, model_file, read_graph, with_profile
+from lmgraph.files import Quiet, Watcher, adapter_files, master_file, model_file, read_graph, with_profile
 from lmgraph.graph import Graph, Node
 from lmgraph.master import Master, fits
 from lmgraph.settings import Settings
-from lmgraph.types import Answer, Ask, Decision, Delta, Message, Step, Trace, Vote
+from lmgraph.types import Answer, Ask, Decision, Delta, Message, Progress, Step, Trace, Vote, Walk
 from lmgraph.workers.base import Worker
 from lmgraph.workers.embedded import EmbeddedWorker, SharedEngine
 from lmgraph.workers.openai import OpenAIWorker
@@ -120,8 +120,11 @@ class Runtime:
         async with self._files_lock:
             path, vocabulary = await asyncio.to_thread(master_file, given.master.bundle, self.settings.cache, self._folder, self._watcher)
         fits(given, vocabulary)
-        engine = await Engine.open(path, context=MASTER_CONTEXT, slots=self._slots, threads=self.settings.threads)
-        return Master(engine, vocabulary, given)
+        worn = await asyncio.to_thread(adapter_files, given, self._folder)
+        engine = await Engine.open(
+            path, context=MASTER_CONTEXT, slots=self._slots, threads=self.settings.threads, adapters=sorted({*worn.values()})
+        )
+        return Master(engine, vocabulary, given, worn)
 
     async def replace(self, given: Graph) -> None:
         """From now on new asks get this graph (already checked as a whole); those under way end with the one they began with.
@@ -133,10 +136,10 @@ class Runtime:
         old = self._scene
         master = None
         async with self._master_lock:
-            if given.master.bundle != old.graph.master.bundle:
+            if _weights(given) != _weights(old.graph):
                 master = await self._load(given)
             elif old.master is not None:
-                master = Master(old.master.engine, old.master.vocabulary, given)
+                master = Master(old.master.engine, old.master.vocabulary, given, old.master.adapters)
             kept = {
                 name: worker
                 for name, worker in old.workers.items()
@@ -224,11 +227,16 @@ class Runtime:
         return {name: worker.states() for name, worker in self._scene.workers.items() if isinstance(worker, OpenAIWorker)}
 
     async def answer(
-        self, ask: Ask, decided: Callable[[Decision], None] | None = None, answering: Callable[[str], None] | None = None
+        self,
+        ask: Ask,
+        decided: Callable[[Decision], None] | None = None,
+        answering: Callable[[str], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Stream an answer; the last Delta carries the Trace.
 
-        `decided` is told the decision before a worker starts, `answering` the node whose worker gives the first piece (of a vote: won).
+        `decided` is told the decision before a worker starts, `answering` the node whose worker gives the first piece (of a vote: won),
+        `progress` what a walk is at.
         """
         async with self._present() as scene:
             nodes = scene.graph.nodes
@@ -236,8 +244,9 @@ class Runtime:
             if not ask.query.strip() and not (ask.needs and ask.node):
                 raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
             decision: Decision | None = None
+            walks = walking.may(scene.graph, ask)
             if ask.node is None:
-                decision = await _decide(await self._master_of(scene), ask, able)
+                decision = await _decide(await self._master_of(scene), ask, able, walks)
                 if decided:
                     decided(decision)
                 name, request = decision.node, decision.rewritten
@@ -256,31 +265,33 @@ class Runtime:
                 temperature=ask.temperature,
                 options=ask.options,
             )
-            poll = voting.poll(scene.graph, ask, name, decision, able)
-            stream: AsyncGenerator[Delta | Step | Vote, None] = (
-                voting.run(poll, chain, messages, run, whole=ask.whole, answering=answering)
-                if poll
-                else run(nodes[name], chain, messages, whole=ask.whole, answering=answering)
-            )
-            steps: list[Step] = []
-            vote: Vote | None = None
+            stream: AsyncGenerator[Delta | Step | Vote | Walk, None]
+            if decision and walks and (spec := walking.spec(scene.graph, ask, decision)):
+                master = await self._master_of(scene)
+                walk = walking.Walking(spec, scene.graph, master, ask, run, partial(_chain, scene.graph), progress, answering)
+                stream = walk.run(decision)
+            elif poll := voting.poll(scene.graph, ask, name, decision, able):
+                stream = voting.run(poll, chain, messages, run, whole=ask.whole, answering=answering)
+            else:
+                stream = run(nodes[name], chain, messages, whole=ask.whole, answering=answering)
+            trace = Trace(decision)
             async with aclosing(stream):
                 async for item in stream:
                     if isinstance(item, Step):
-                        steps.append(item)
+                        trace = replace(trace, steps=(*trace.steps, item))
                     elif isinstance(item, Vote):
-                        vote = item
-                    elif item.done:
-                        yield replace(item, trace=Trace(decision, tuple(steps), vote))
+                        trace = replace(trace, vote=item)
+                    elif isinstance(item, Walk):
+                        trace = replace(trace, walk=item)
                     else:
-                        yield item
+                        yield replace(item, trace=trace) if item.done else item
 
 
-async def _decide(master: Master, ask: Ask, able: Sequence[str] | None) -> Decision:
+async def _decide(master: Master, ask: Ask, able: Sequence[str] | None, ahead: bool) -> Decision:
     """The decision for an ask. A turn that follows others is decided with a digest of them, and reaches the worker as it is."""
     earlier = [m.content.strip() for m in ask.messages if m.role == "user"][:-1]
     if not earlier:
-        return await master.decide(ask.query, among=able)
+        return await master.decide(ask.query, among=able, ahead=ahead)
     digest = " ".join(" ".join(earlier).split())[-EARLIER:]
     made = await master.decide(f"{digest}\n{ask.query}", rewriting=False, among=able, stay=ask.stay)
     return replace(made, query=ask.query, rewritten=ask.query, rewrite_note="follows earlier turns: passed on as it is")
@@ -294,6 +305,11 @@ def _able(given: Graph, ask: Ask) -> list[str]:
         who = f"Node {ask.node} does not accept" if able else "No node accepts"
         raise RequestError(f"{who} {' and '.join(sorted(ask.needs))}; what nodes of this graph accept: {kinds}.", param="messages")
     return able
+
+
+def _weights(given: Graph) -> tuple[str, dict[str, str]]:
+    """What the master's engine holds: its bundle, the adapters of nodes."""
+    return given.master.bundle, {name: node.adapter for name, node in given.nodes.items() if node.adapter}
 
 
 def _chain(given: Graph, name: str) -> list[Node]:

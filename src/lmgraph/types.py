@@ -35,6 +35,8 @@ class Ask:
     """nobody looks at the answer before it is there whole"""
     stay: str = ""
     """the node that answered the turn before this one: kept unless the new turn clearly belongs elsewhere"""
+    mode: str = ""
+    """how it is answered (single, auto, walk, plan, vote), '' as the graph says"""
 
     @property
     def query(self) -> str:
@@ -65,6 +67,10 @@ class Decision:
     """the conversation's node was kept although another one was a little more probable"""
     scope: float | None = None
     """log-odds of the chosen functional token against ordinary words in its place: low where a query belongs to no node; None: not asked"""
+    more: float | None = None
+    """probability that another step follows; None: not asked"""
+    written: tuple[int, ...] = ()
+    """ids of the request as the master wrote it, () where it wrote none: what the next hop goes on from"""
     shortened: int = 0
     """query tokens that the master did not see (the worker gets the query whole)"""
     tokenise_ms: float = 0.0
@@ -86,11 +92,23 @@ class Decision:
             "stayed": self.stayed,
             "chosen": self.chosen,
             **({} if self.scope is None else {"scope": round(self.scope, 3)}),
+            **({} if self.more is None else {"more": round(self.more, 4)}),
             "rewrite_note": self.rewrite_note,
             "shortened": self.shortened,
             "ms": {"tokenise": round(self.tokenise_ms, 2), "prefill": round(self.prefill_ms, 2), "decode": round(self.decode_ms, 2)},
             "tokens": {"prompt": self.prompt_tokens, "rewrite": self.rewrite_tokens},
         }
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A finished step as the master sees it when it chooses the next one."""
+
+    node: str
+    written: tuple[int, ...] = ()
+    """ids of the request that it wrote"""
+    answer: str = ""
+    """'' in a plan, where nothing is answered yet"""
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,8 @@ class Step:
     usage: Mapping[str, int] = field(default_factory=dict)
     voter: bool = False
     """one of those who voted: they all began together, before any other step"""
+    hop: int | None = None
+    """number of the hop of a walk, from 0; a hop that fell back has several steps"""
 
 
 @dataclass(frozen=True)
@@ -149,8 +169,63 @@ class Vote:
 
 
 @dataclass(frozen=True)
+class Hop:
+    """What was decided for one hop of a walk: the node, what it is asked, which earlier hops it needs, the master's probability."""
+
+    node: str
+    request: str
+    needs: tuple[int, ...] = ()
+    probability: float = 1.0
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a walk went. `stopped` says why it ended: end (chosen), hops, seconds, tokens, cost (a limit), loop (the same hop again)."""
+
+    mode: str
+    hops: tuple[Hop, ...]
+    stopped: str
+    compose: str = ""
+    """node that made one answer out of several parts (the last hop), '' when none did"""
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {
+            "mode": self.mode,
+            "stopped": self.stopped,
+            "compose": self.compose,
+            "hops": [
+                {"node": hop.node, "request": hop.request, "needs": list(hop.needs), "probability": round(hop.probability, 4)}
+                for hop in self.hops
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a walk is at, for those who watch: `plan` (all hops that are planned), `began` and `ended` (one hop)."""
+
+    kind: str
+    hop: int = 0
+    node: str = ""
+    request: str = ""
+    step: Step | None = None
+    """how it ended"""
+    hops: tuple[Hop, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        if self.kind == "plan":
+            return {"kind": "plan", "hops": [{"node": hop.node, "request": hop.request, "needs": list(hop.needs)} for hop in self.hops]}
+        out: dict[str, Any] = {"kind": self.kind, "hop": self.hop, "node": self.node, "request": self.request}
+        if self.step:  # the node that answered may be another one: the hop's fallback
+            out |= {"node": self.step.node, "ms": round(self.step.ms, 1), "error": self.step.error, "answer": self.step.answer}
+        return out
+
+
+@dataclass(frozen=True)
 class Trace:
-    """What happened to one ask: the decision (None when a node was pinned), the steps, the vote (None when there was none).
+    """What happened to one ask: the decision (None when a node was pinned), the steps, the vote and the walk (None when there was none).
 
     The last step is the one whose answer was given.
     """
@@ -158,9 +233,10 @@ class Trace:
     decision: Decision | None = None
     steps: tuple[Step, ...] = ()
     vote: Vote | None = None
+    walk: Walk | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object; `vote` is in it only when there was one."""
+        """One JSON object; `vote` and `walk` are in it only when there was one."""
         return {
             "decision": self.decision.to_json() if self.decision else None,
             "steps": [
@@ -172,11 +248,13 @@ class Trace:
                     "attempts": s.attempts,
                     "error": s.error,
                     "usage": dict(s.usage),
+                    **({} if s.hop is None else {"hop": s.hop, "answer": s.answer}),
                     **({"voter": True} if s.voter else {}),
                 }
                 for s in self.steps
             ],
             **({"vote": self.vote.to_json()} if self.vote else {}),
+            **({"walk": self.walk.to_json()} if self.walk else {}),
         }
 
 

@@ -49,7 +49,7 @@ def poll(graph: Graph, ask: Ask, name: str, decision: Decision | None, able: Col
     """
     node = graph.nodes[name]
     spec = node.answer or graph.answer
-    if spec.mode != "vote" or not comparable(ask):
+    if (ask.mode or spec.mode) != "vote" or not comparable(ask):
         return None
     probable = {n: min(max(p, 1 - SURE), SURE) for n, p in decision.alternatives} if decision else {}
     found = [(graph.nodes[n], c) for n, c in (spec.voters or probable).items() if able is None or n in able]

@@ -16,7 +16,7 @@ from lmgraph.cli import settings
 from lmgraph.cli.assigning import assign
 from lmgraph.cli.run import GRAPH, JSON
 from lmgraph.errors import LmgraphError, UserError
-from lmgraph.graph import END, START
+from lmgraph.graph import END, START, notes
 
 EDITED = click.option(
     "--graph",
@@ -99,8 +99,10 @@ def check(path: Path | None, as_json: bool) -> None:
             raise click.exceptions.Exit(2 if isinstance(error, UserError) else 1) from error
         raise
     if as_json:
-        print(json.dumps({"ok": True, "problems": [], "nodes": len(given.nodes)}))
+        print(json.dumps({"ok": True, "problems": [], "notes": notes(given), "nodes": len(given.nodes)}))
     else:
+        for note in notes(given):
+            click.echo(f"note: {note}")
         click.echo(f"{len(given.nodes)} nodes, {sum(len(given.neighbours(n)) for n in (START, *given.nodes))} edges: nothing wrong.")
 
 

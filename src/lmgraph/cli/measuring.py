@@ -27,6 +27,7 @@ TABLE = {
     "mmlu": ("measuring", "MMLU end to end: routed, by subject, each worker alone, at random."),
     "outcomes": ("replaying", "Replay routing policies on recorded answers of many models."),
     "compare": ("comparing", "Routers side by side: the master, embeddings, listings in the prompt and others."),
+    "plans": ("planning", "Plans of several steps: the master against all descriptions in the prompt."),
 }
 
 

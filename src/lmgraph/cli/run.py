@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import click
 
 from lmgraph.cli import settings
 from lmgraph.errors import DataError, QueryError
+from lmgraph.graph import MODES
 
 if TYPE_CHECKING:
     from lmgraph.types import Trace
@@ -36,6 +38,7 @@ REWRITE = click.option("--rewrite/--no-rewrite", "rewriting", default=None, help
 @click.option("--node", help="skip the master: ask this node")
 @click.option("--max-tokens", type=click.IntRange(1, 100_000), help="longest answer, in tokens")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy")
+@click.option("--mode", type=click.Choice(MODES), help="how it is answered (default: as the graph says)")
 @click.option("--trace", "show_trace", is_flag=True, help="show steps and times after the answer")
 @JSON
 def ask(
@@ -45,15 +48,18 @@ def ask(
     node: str | None,
     max_tokens: int | None,
     temperature: float | None,
+    mode: str | None,
     show_trace: bool,
     as_json: bool,
 ) -> None:
     """Ask QUERY: the master picks an expert and rewrites the query; the expert's answer is streamed.
 
+    Where one expert is not enough the query walks the graph, hop by hop (--mode walk) or by a plan (--mode plan); auto lets the master say.
+
     QUERY - reads the question from stdin.
     """
     text = read_stdin() if query == ("-",) else " ".join(query)
-    asyncio.run(_ask(_characters(text), path, profile, node, max_tokens, temperature, show_trace, as_json))
+    asyncio.run(_ask(_characters(text), path, profile, node, max_tokens, temperature, mode or "", show_trace, as_json))
 
 
 async def _ask(
@@ -63,16 +69,19 @@ async def _ask(
     node: str | None,
     max_tokens: int | None,
     temperature: float | None,
+    mode: str,
     show_trace: bool,
     as_json: bool,
 ) -> None:
-    from lmgraph.cli.show import Bars, console, decision_lines, out, vote_lines
+    from lmgraph.cli.show import Bars, Steps, console, decision_lines, out, vote_lines, walk_line
     from lmgraph.runtime import Runtime
     from lmgraph.types import Ask, Decision, Message
 
     if not query.strip():
         raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
-    with Bars() as bars:
+    steps = Steps()
+    with Bars() as bars, ExitStack() as stack:
+        stack.callback(steps.stop)
         async with Runtime.open(settings(profile=profile), path, bars) as runtime:
             vocabulary = None if node else (await runtime.master()).vocabulary
 
@@ -82,12 +91,14 @@ async def _ask(
                     console.print(decision_lines(decision, vocabulary.name(decision.token)))
                     console.print()
 
-            stream = runtime.answer(Ask((Message("user", query),), node, max_tokens, temperature), decided)
+            question = Ask((Message("user", query),), node, max_tokens, temperature, mode=mode)
+            stream = runtime.answer(question, decided, progress=None if as_json else steps)
             answer, trace = "", None
             async for delta in stream:
                 answer += delta.text
                 if not as_json:
                     bars.stop()
+                    steps.stop()
                     out(delta.text)
                 if delta.done:
                     trace = delta.trace
@@ -97,10 +108,12 @@ async def _ask(
                 print(json.dumps({"answer": answer, "finish": finish, "trace": trace.to_json()}, ensure_ascii=False))
                 return
             out("\n")
-            if finish == "length":
+            if finish == "length" and not (trace.walk and trace.walk.stopped == "seconds"):
                 console.print("(the answer was cut at --max-tokens)", style="yellow")
             if trace.vote:
                 console.print(vote_lines(trace.vote))
+            if trace.walk and (why := walk_line(trace.walk)):
+                console.print(f"({why})", style="yellow", markup=False)
             for step in trace.steps:
                 if step.error:
                     console.print(f"{step.node} failed: {step.error}", style="yellow", markup=False)

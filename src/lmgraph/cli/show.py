@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 from html import escape
 from types import TracebackType
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from rich.tree import Tree
 
-from lmgraph.graph import END, START, AnswerSpec, Graph
-from lmgraph.types import Decision, Vote
+from lmgraph.graph import END, START, WALKS, AnswerSpec, Graph
+from lmgraph.types import Decision, Step, Vote, Walk
+from lmgraph.types import Progress as Moment
 
 console = Console(stderr=True, highlight=False)
 
@@ -108,6 +111,69 @@ def vote_lines(vote: Vote) -> Text:
     return out
 
 
+class Steps:
+    """A walk as it goes: a tree with a line for each hop, alive on a terminal; elsewhere a line when a hop begins and one when it ends."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, tuple[str, str, float, Step | None]] = {}
+        self._live: Live | None = None
+        self._over = False
+
+    def __call__(self, event: Moment) -> None:
+        """Take note of what the walk is at."""
+        if event.kind == "plan":
+            self._rows = {i: (hop.node, hop.request, 0.0, None) for i, hop in enumerate(event.hops)}
+        elif event.kind == "began":
+            self._rows[event.hop] = (event.node, event.request, time.monotonic(), None)
+        else:
+            node, request, began, _ = self._rows[event.hop]
+            self._rows[event.hop] = (event.step.node if event.step else node, request, began, event.step)
+        if not console.is_terminal:
+            if event.kind != "plan":
+                console.print(self._line(event.hop))
+        elif self._live is None and not self._over:
+            self._live = Live(get_renderable=self.tree, console=console, refresh_per_second=8, redirect_stdout=False)
+            self._live.start()
+
+    def stop(self) -> None:
+        """Leave the tree as it is: what follows is the answer, and no tree is drawn behind it."""
+        self._over = True
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def tree(self) -> Tree:
+        """All hops so far."""
+        root = Tree(Text("start", style="bold"), guide_style="dim")
+        for number in self._rows:
+            root.add(self._line(number))
+        return root
+
+    def _line(self, number: int) -> Text:
+        node, request, began, step = self._rows[number]
+        out = Text(f"{number + 1} ", style="magenta", no_wrap=True, overflow="ellipsis")
+        failed = step is not None and step.error
+        out.append(node, style="bold red" if failed else "bold green" if step else "bold")
+        state = f"{step.ms / 1000:.1f} s" if step else f"{time.monotonic() - began:.1f} s ..." if began else "waits"
+        out.append(f"  {state}", style="bold" if step else "yellow")
+        out.append(f"  {' '.join(request.split())}", style="cyan")
+        if step and step.error:
+            out.append(f"  {step.error}", style="yellow")
+        return out
+
+
+def walk_line(walk: Walk) -> str:
+    """Why a walk ended, '' where it ended because the master chose the end."""
+    reasons = {
+        "hops": "the limit of hops is reached (answer: hops)",
+        "seconds": "its time is over (answer: seconds): the best answer so far",
+        "tokens": "the limit of tokens is reached (answer: tokens): the best answer so far",
+        "cost": "the limit of cost is reached (answer: cost): the best answer so far",
+        "loop": "the master chose the same step again: the best answer so far",
+    }
+    return reasons.get(walk.stopped, "")
+
+
 def graph_tree(given: Graph) -> Tree:
     """The graph as a tree from start, two levels deep, with token and worker of each node."""
     root = Tree(
@@ -136,6 +202,8 @@ def graph_tree(given: Graph) -> Tree:
 
 def _answering(spec: AnswerSpec) -> str:
     """How queries are answered, where not by one worker."""
+    if spec.mode in WALKS:
+        return f"  {spec.mode}: at most {spec.hops} hops"
     if spec.mode != "vote":
         return ""
     who = ", ".join(f"{name} {competence:.2f}" for name, competence in spec.voters.items())

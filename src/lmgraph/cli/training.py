@@ -40,8 +40,15 @@ def train() -> None:
 
 
 @train.command()
-@DATA
+@click.option("--data", "files", type=click.Path(path_type=Path), multiple=True, help="JSON Lines with query, node, rewrite (repeat)")
 @CHECK
+@click.option(
+    "--tasks",
+    "walks",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="JSON Lines with query and steps (node, needs, rewrite): teaches walks of several steps (repeat); a fifth is kept aside",
+)
 @OUT
 @BASE
 @GRAPH
@@ -70,6 +77,9 @@ def train() -> None:
     show_default=True,
     help="share of the rewrites that is taught; the other examples teach only the choice, at half the cost",
 )
+@click.option(
+    "--node", help="learn only what follows this node in --tasks, as an adapter of its own for the graph's master (or for --start)"
+)
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="0: what torch chooses")
 @click.option(
     "--precision",
@@ -84,6 +94,7 @@ def train() -> None:
 def tune(
     files: tuple[Path, ...],
     checks: tuple[Path, ...],
+    walks: tuple[Path, ...],
     out: Path,
     base: str,
     path: Path | None,
@@ -92,26 +103,38 @@ def tune(
     start: Path | None,
     replay: float,
     rewrite_share: float,
+    node: str | None,
     **options: Any,
 ) -> None:
     """LoRA on the trunk and rows for the functional tokens of a graph. Goes on from the last checkpoint in --out.
 
-    Leaves weights, vocabulary, recipe, log, plot, metrics and card in --out: a bundle that graph.yaml can name.
+    Leaves weights, vocabulary, recipe, log, plot, metrics and card in --out: a bundle that graph.yaml can name. With --node it leaves
+    adapter.gguf: the node's `adapter:` in graph.yaml, which the master puts on for the choice that follows this node.
     """
+    from lmgraph import bundles
     from lmgraph.cli.show import Bars
     from lmgraph.train import examples as data
-    from lmgraph.train import heads
+    from lmgraph.train import heads, tasks
 
     using = settings()
     given, vocabulary, base_file = _ground(path, base, size)
-    training, kept = data.split(data.load(files))
-    if replay < 1:
+    if node:
+        start = _master_of(given, node, walks, start, path or using.graph)
+        vocabulary = bundles.read(str(start.resolve())).vocabulary
+    elif not files:
+        raise UserError("Give --data, the examples to learn from.", "See: lmgraph train tune --help")
+    training, kept = data.split(data.load(files)) if files else ([], [])
+    if replay < 1 and files:
         fresh = {e.query for e in data.load(files[-1:])}
         training = [e for e in training if e.query in fresh or data.held_out(e, 10 + round(90 * replay))]
     if rewrite_share < 1:
         training = [e if data.held_out(e, 10 + round(90 * rewrite_share)) else replace(e, rewrite="") for e in training]
-    _enough(training, kept)
-    validation = {"kept": kept, **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
+    if files:
+        _enough(training, kept)
+    validation: dict[str, Any] = {**({"kept": kept} if kept else {}), **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
+    walking, validation["tasks"] = data.split(tasks.load(walks), tasks.KEPT) if walks else ([], [])
+    if not validation["tasks"]:
+        del validation["tasks"]
     try:
         from lmgraph.train import tune as tuning
     except ImportError as error:
@@ -128,8 +151,21 @@ def tune(
     recipe = replace(recipe, **given_options)
     click.echo(f"{len(training)} examples, {len(kept)} kept aside, {len(given.nodes)} nodes, base {base_file.name}", err=True)
     metrics = tuning.main(
-        base_file, training, validation, vocabulary, recipe, out, log=lambda line: click.echo(line, err=True), start=start
+        base_file,
+        training,
+        validation,
+        vocabulary,
+        recipe,
+        out,
+        log=lambda line: click.echo(line, err=True),
+        start=start,
+        walks=walking,
+        node=node or "",
     )
+    if node:
+        click.echo(json.dumps(metrics))
+        click.echo(f"The adapter is {out / 'adapter.gguf'}. Use it: {node}: {{adapter: {out / 'adapter.gguf'}}} in graph.yaml", err=True)
+        return
     with Bars() as bars:
         calibration = asyncio.run(
             heads.finish(out, base_file, out / "merged.gguf", training, kept, recipe.query_limit, using.threads, bars.progress)
@@ -139,6 +175,23 @@ def tune(
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     click.echo(json.dumps(metrics))
     click.echo(f"The bundle is in {out}. Use it: master: {{bundle: {out}}} in graph.yaml", err=True)
+
+
+def _master_of(given: Any, node: str, walks: tuple[Path, ...], start: Path | None, path: Path | None) -> Path:
+    """The bundle that an adapter of a node is trained for."""
+    from lmgraph import bundles
+    from lmgraph.files import graph_file
+
+    if node not in given.nodes:
+        raise UserError(f"There is no node {node!r} in the graph.", f"Valid: {', '.join(given.nodes)}")
+    if not walks:
+        raise UserError(
+            "--node needs --tasks: what follows the node is learnt from tasks of several steps.", "See: lmgraph train tune --help"
+        )
+    if start is None and given.master.bundle.endswith(".gguf"):
+        raise UserError("The master of this graph is a merged GGUF; adapters are trained on bundles.", "Name its bundle: --start FOLDER")
+    beside = graph_file(path)
+    return start or bundles.read(given.master.bundle, beside.parent if beside else None).folder
 
 
 def _enough(training: Sequence[Any], kept: Sequence[Any]) -> None:

@@ -36,10 +36,10 @@ class Listing:
         listing = QUESTION + "\n".join(f"- {node}: {description}" for node, description in nodes.items())
         mark = "Sentence that stands for the query."
         middle = await self._engine.tokenise(mark)
-        self._before, self._after = _around(await self._engine.render([("system", listing), ("user", mark)]), middle)
+        self._before, self._after = around(await self._engine.render([("system", listing), ("user", mark)]), middle)
         # a turn after the answer: a conversation that ends with an assistant's is rendered as one to be gone on with
-        said, _ = _around(await self._engine.render([("user", "?"), ("assistant", mark), ("user", mark)]), middle)
-        end = _around(said, middle)[1][0]  # what this model's template puts behind an answer
+        said, _ = around(await self._engine.render([("user", "?"), ("assistant", mark), ("user", mark)]), middle)
+        end = around(said, middle)[1][0]  # what this model's template puts behind an answer
         self._names = {node: [*await self._engine.tokenise(node), end] for node in nodes}
         needed = len(self._before) + QUERY_LIMIT + len(self._after) + max(len(ids) for ids in self._names.values())
         if needed > self._engine.context:
@@ -71,7 +71,7 @@ class Listing:
         await self._engine.close()
 
 
-def _around(ids: Sequence[int], middle: Sequence[int]) -> tuple[list[int], list[int]]:
-    """What stands before and behind the last occurrence of `middle`."""
+def around(ids: Sequence[int], middle: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What stands before and behind the last occurrence of `middle`, which there is."""
     at = next(i for i in range(len(ids) - len(middle), -1, -1) if ids[i : i + len(middle)] == middle)
     return list(ids[:at]), list(ids[at + len(middle) :])

@@ -18,7 +18,7 @@ from lmgraph.serve import responses, wire
 from lmgraph.serve.http import Headers, Request
 from lmgraph.serve.memory import Flight, Kept, Memory, Talk
 from lmgraph.serve.metrics import Metrics
-from lmgraph.types import Decision, Delta, Step
+from lmgraph.types import Decision, Delta, Progress, Step
 
 COUNTED = {"prompt_tokens": "prompt", "completion_tokens": "completion"}
 EVENTS = b"text/event-stream; charset=utf-8"
@@ -36,64 +36,103 @@ class Answering:
         self.node = ""
         self.probability: float | None = None
         self.decision: Decision | None = None
-        self.steps: tuple[Step, ...] = ()
-        self._told = asyncio.Event() if chat.progress else None
+        self.steps: list[Step] = []
+        """hops of a walk as they end; when the answer is whole, all steps"""
+        self.ended: dict[int, int] = {}
+        """hop of a walk -> when it ended, in nanoseconds since 1970"""
+        self._hop: int | None = None
+        """the hop that began last, None before (and without) a walk"""
+        self._busy: dict[int | None, str] = {}
+        """hop -> the node that works on it now; several in a plan"""
+        self._news: asyncio.Queue[tuple[str, Mapping[str, Any]] | None] | None = asyncio.Queue() if chat.progress else None
 
     async def run(self, runtime: Runtime) -> None:
         """Answer. Raises what the runtime raises; what was sent until then is sent."""
-        metrics, loads, began = self.metrics, self.metrics.loads, self.request.began
+        metrics, began = self.metrics, self.request.began
         if self.talk.ask.node and not self.kept:
             self._at(self.talk.ask.node)
         try:
-            stream = _replay(self.kept) if self.kept else runtime.answer(self.talk.ask, self._decided, self._at)
+            stream = _replay(self.kept) if self.kept else runtime.answer(self.talk.ask, self._decided, self._at, self._walks)
             async with aclosing(stream):
                 first = await self._first(stream)
                 metrics.first_piece.observe(time.perf_counter() - began)
                 await self._deliver(first, stream)
         except OutsideError:
-            if self.node:
-                loads[self.node].failures += 1
+            self._count()
+            if self.node and not self.steps:
+                metrics.loads[self.node].failures += 1
             raise
         finally:
-            if self.node:
-                loads[self.node].active -= 1
+            for hop in tuple(self._busy):
+                self._works(hop)
         if self.decision:
             metrics.decision.observe(self.decision.tokenise_ms / 1e3 + self.decision.prefill_ms / 1e3 + self.decision.decode_ms / 1e3)
         metrics.answer.observe(time.perf_counter() - began)
 
     def _at(self, node: str) -> None:
-        """The node that works on it now."""
-        if node != self.node:
-            if self.node:
-                self.metrics.loads[self.node].active -= 1
+        """The node that gives the answer, as far as it is known."""
+        self.node = self.request.node = node
+        self._works(self._hop, node)
+
+    def _works(self, hop: int | None, node: str = "") -> None:
+        """Node `node` works on that hop now; '': nobody does."""
+        if before := self._busy.pop(hop, ""):
+            self.metrics.loads[before].active -= 1
+        if node:
             self.metrics.loads[node].active += 1
-            self.node = self.request.node = node
+            self._busy[hop] = node
 
     def _decided(self, decision: Decision) -> None:
         self.decision, self.probability = decision, decision.probability
         self._at(decision.node)
-        if self._told:
-            self._told.set()
+        if self._news:
+            self._news.put_nowait(("decision", decision.to_json()))
+
+    def _walks(self, event: Progress) -> None:
+        if event.kind == "began":
+            self._works(None)  # the decision's node: it has its hop now
+            self._hop = event.hop
+            self._works(event.hop, event.node)
+        elif event.kind == "ended":
+            self._works(event.hop)
+            self.ended[event.hop] = time.time_ns()
+            self.steps += [event.step] if event.step else []
+        if self._news:
+            self._news.put_nowait(("progress", event.to_json()))
+
+    def _count(self) -> None:
+        """The steps count for their nodes."""
+        for step in self.steps:
+            self.metrics.loads[step.node].failures += bool(step.error)
+            if step.hop is not None:
+                self.metrics.loads[step.node].answers += not step.error
+                self.metrics.hops[step.node, "failed" if step.error else "answered"] += 1
+            for kind, count in step.usage.items():
+                if kind in COUNTED:
+                    self.metrics.tokens[step.node, COUNTED[kind]] += count
 
     async def _first(self, stream: AsyncGenerator[Delta, None]) -> Delta:
-        """The first piece. A client that wants to watch gets the stream's beginning and the decision while it waits."""
+        """The first piece. A client that wants to watch gets the stream's beginning, the decision and the steps while it waits."""
         if self.kept:
             self._at(self.kept.node)
             self.probability = self.kept.probability
-        if self._told is None or self.kept:
+        news = self._news
+        if news is None or self.kept:
             return await anext(stream)
-        await self.request.start(200, EVENTS, self._headers())
-        piece, told = asyncio.ensure_future(anext(stream)), asyncio.create_task(self._told.wait())
+        await self._start()
+        writer = wire.Writer(f"chatcmpl-{self.request.id}", wire.MODEL, int(time.time()))
+        piece = asyncio.ensure_future(anext(stream))
+        piece.add_done_callback(lambda done: news.put_nowait(None))  # behind all that was told before it
         try:
-            await asyncio.wait({piece, told}, return_when=asyncio.FIRST_COMPLETED)
-            if self.decision:
-                writer = wire.Writer(f"chatcmpl-{self.request.id}", wire.MODEL, int(time.time()))
-                await self.request.piece(writer.decision(self.decision.to_json()))
+            while (told := await news.get()) is not None:
+                await self.request.piece(writer.news(*told))
             return await piece
         finally:
-            for task in (piece, told):
-                task.cancel()
-            await asyncio.gather(piece, told, return_exceptions=True)
+            piece.cancel()
+            await asyncio.gather(piece, return_exceptions=True)
+
+    async def _start(self) -> None:
+        await self.request.start(200, EVENTS, [(b"cache-control", b"no-store"), *self._headers()])
 
     async def _deliver(self, delta: Delta, stream: AsyncGenerator[Delta, None]) -> None:
         request, chat = self.request, self.chat
@@ -102,7 +141,7 @@ class Answering:
         text: list[str] = []
         plain = True
         if chat.stream and not request.status:
-            await request.start(200, EVENTS, [(b"cache-control", b"no-store"), *self._headers()])
+            await self._start()
         if isinstance(writer, responses.Writer):
             request.last_words = writer.fail
         while not delta.done:
@@ -113,6 +152,9 @@ class Answering:
             text.append(delta.text)
             plain = plain and not delta.choices
             delta = await anext(stream)
+        while isinstance(writer, wire.Writer) and self._news and not self._news.empty():  # the end of a walk's last hop
+            if told := self._news.get_nowait():
+                await request.piece(writer.news(*told))
         trace = await self._keep(delta, "".join(text), plain)
         shown = trace if chat.trace else None
         if chat.stream:
@@ -123,15 +165,13 @@ class Answering:
     async def _keep(self, last: Delta, text: str, plain: bool) -> Mapping[str, Any]:
         """Keep the turn and the answer; the trace as it is shown."""
         trace: Mapping[str, Any] = last.trace.to_json() if last.trace else {**(self.kept.trace if self.kept else {}), "cache": True}
-        self.steps = last.trace.steps if last.trace else ()
-        for step in self.steps:
-            self.metrics.loads[step.node].failures += bool(step.error)
-            for kind, count in step.usage.items():
-                if kind in COUNTED:
-                    self.metrics.tokens[step.node, COUNTED[kind]] += count
-        self.metrics.loads[self.node].answers += 1
+        self.steps = list(last.trace.steps) if last.trace else []
+        self._count()
+        walk = last.trace.walk if last.trace else None
+        self.metrics.loads[self.node].answers += walk is None  # the hops of a walk are counted
         self.metrics.answers[self.node,] += 1
-        if self.flight and not self.kept and plain and last.finish in ("stop", "length"):
+        late = walk is not None and walk.stopped == "seconds"  # with more time there would be another answer
+        if self.flight and not self.kept and plain and not late and last.finish in ("stop", "length"):
             self.flight.land(Kept(self.node, text, last.finish, dict(last.usage), self.probability, trace))
         if self.memory:
             decided = (trace.get("decision") or {}).get("node") or self.talk.ask.node

@@ -197,7 +197,7 @@ class Gateway:
             parent = request.headers.get(b"traceparent", b"").decode("latin-1") or None
             pinned = answering.chat.ask.node
             model = {"gen_ai.request.model": f"{wire.MODEL}/{pinned}" if pinned else wire.MODEL}
-            self.tracing.record(request.id, parent, began, now, status, answering.decision, answering.steps, model)
+            self.tracing.record(request.id, parent, began, now, status, answering.decision, answering.steps, model, answering.ended)
 
     async def _route(self, request: Request, key: ApiKey | None) -> None:
         await self.guard.spend(key)

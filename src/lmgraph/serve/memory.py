@@ -135,7 +135,7 @@ def place(owner: str, conversation: str) -> str:
 def cache_key(identity: str, ask: Ask, owner: str) -> str:
     """Under which an answer is kept: whatever an answer depends on (`identity` stands for graph, models and master)."""
     turns = [m.raw or (m.role, m.content) for m in ask.messages]
-    parts = [identity, owner, ask.node, ask.stay, ask.max_tokens, ask.temperature, ask.options, turns]
+    parts = [identity, owner, ask.node, ask.stay, ask.mode, ask.max_tokens, ask.temperature, ask.options, turns]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -21,6 +21,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 COUNTERS = {
     "requests": ("Requests by path and HTTP status", ("path", "status")),
     "answers": ("Answers by the node that gave them", ("node",)),
+    "hops": ("Hops of walks by node and how they ended: answered or failed", ("node", "result")),
     "tokens": ("Tokens that workers counted", ("node", "kind")),
     "cache": ("Answers that might come from the cache: hit or miss", ("result",)),
 }
@@ -76,6 +77,7 @@ class Metrics(Collector):
         self.loads = Loads()
         self.requests: Counter[tuple[str, ...]] = Counter()
         self.answers: Counter[tuple[str, ...]] = Counter()
+        self.hops: Counter[tuple[str, ...]] = Counter()
         self.tokens: Counter[tuple[str, ...]] = Counter()
         self.cache: Counter[tuple[str, ...]] = Counter()
         self.active = 0

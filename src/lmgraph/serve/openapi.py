@@ -1,20 +1,16 @@
 """The gateway's API as an OpenAPI 3.1 document: every path, what it takes, what it answers, every status that can come.
 
-Pure. It says what `app` does and `wire`, `responses` read; tests/test_openapi.py holds it to that. (OpenAPI Specification 3.1.)
+Pure. It says what `app` does; what the bodies are is `schemas`' business. tests/test_openapi.py holds both to what the gateway does.
+(OpenAPI Specification 3.1.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lmgraph import graphschema
-from lmgraph.serve import responses, wire
+from lmgraph.serve.schemas import FLAG, NUMBER, REPLICAS, TEXT, WHOLE, Schema, answered, record, ref, taken
 
-Schema = dict[str, Any]
-TEXT, FLAG, NUMBER, WHOLE = {"type": "string"}, {"type": "boolean"}, {"type": "number"}, {"type": "integer", "minimum": 0}
-SHARE = {"type": "number", "minimum": 0, "maximum": 1}
-REPLICAS = {"type": "array", "items": {"type": "object"}}
 JSON, EVENTS = "application/json", "text/event-stream"
 FAILURES = {
     400: "The request cannot be used; `param` names the field. For a graph, `problems` has every one.",
@@ -53,7 +49,7 @@ def document(version: str, nodes: Sequence[str]) -> dict[str, Any]:
         "security": OPTIONAL,
         "paths": {**_answers(), **_graph(), **_memory(nodes), **_state(), **_page()},
         "components": {
-            "schemas": {**_requests(nodes), **_replies()},
+            "schemas": {**taken(nodes), **answered()},
             "responses": {str(status): _failure(status) for status in FAILURES},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Made by `lmgraph keys create`: lmg-..."}},
         },
@@ -65,26 +61,26 @@ def document(version: str, nodes: Sequence[str]) -> dict[str, Any]:
 
 def _answers() -> dict[str, Any]:
     shown = ("x-lmgraph-node", "x-lmgraph-probability", "x-lmgraph-trace", "x-lmgraph-conversation", "x-lmgraph-cache")
-    event = {**_object({"event": TEXT}, data=TEXT), "description": "one event of the stream; its data is JSON, or [DONE]"}
-    chat = _reply("The answer: whole, or with `stream` as chunks that end with [DONE].", _ref("ChatCompletion"), shown)
+    event = {**record({"event": TEXT}, data=TEXT), "description": "one event of the stream; its data is JSON, or [DONE]"}
+    chat = _reply("The answer: whole, or with `stream` as chunks that end with [DONE].", ref("ChatCompletion"), shown)
     chat["content"][EVENTS] = {"schema": event}
-    response = _reply("The response: whole, or with `stream` as its events.", _ref("Response"), shown)
+    response = _reply("The response: whole, or with `stream` as its events.", ref("Response"), shown)
     response["content"][EVENTS] = {"schema": event}
-    decided = _reply("One decision, or one for each query.", {"oneOf": [_ref("Decision"), _ref("DecisionList")]})
+    decided = _reply("One decision, or one for each query.", {"oneOf": [ref("Decision"), ref("DecisionList")]})
     return {
-        "/v1/chat/completions": {"post": _operation("createChatCompletion", "An answer", chat, ANSWER, body=_ref("ChatRequest"))},
+        "/v1/chat/completions": {"post": _operation("createChatCompletion", "An answer", chat, ANSWER, body=ref("ChatRequest"))},
         "/v1/responses": {
-            "post": _operation("createResponse", "An answer, in the Responses API", response, ANSWER, body=_ref("ResponseRequest"))
+            "post": _operation("createResponse", "An answer, in the Responses API", response, ANSWER, body=ref("ResponseRequest"))
         },
-        "/v1/route": {"post": _operation("route", "Only the master's decision", decided, (*BODY, 429, 502), body=_ref("RouteRequest"))},
-        "/v1/models": {"get": _operation("listModels", "The graph and its nodes", _reply("The models.", _ref("Models")))},
+        "/v1/route": {"post": _operation("route", "Only the master's decision", decided, (*BODY, 429, 502), body=ref("RouteRequest"))},
+        "/v1/models": {"get": _operation("listModels", "The graph and its nodes", _reply("The models.", ref("Models")))},
     }
 
 
 def _graph() -> dict[str, Any]:
     seen = _parameter("If-Match", "header", TEXT, "the version that the caller has seen")
-    graph = _reply("The graph.", _ref("GraphAnswer"), ("etag",))
-    whole, patch = _object(graph=_ref("Graph")), {"type": "object", "description": 'e.g. {"nodes": {"law": null}} takes a node out'}
+    graph = _reply("The graph.", ref("GraphAnswer"), ("etag",))
+    whole, patch = record(graph=ref("Graph")), {"type": "object", "description": 'e.g. {"nodes": {"law": null}} takes a node out'}
 
     def edit(id: str, summary: str, body: Schema | None, kinds: Sequence[str] = (JSON,)) -> Schema:
         return _operation(
@@ -98,7 +94,7 @@ def _graph() -> dict[str, Any]:
             "patch": edit("patchGraph", "Change parts of the graph (RFC 7396)", patch, (JSON, "application/merge-patch+json")),
         },
         "/v1/graph/undo": {"post": edit("undoGraph", "Go back to the version before", None)},
-        "/v1/live": {"get": _operation("live", "How each node does; for polling", _reply("Counts since the start.", _ref("Live")))},
+        "/v1/live": {"get": _operation("live", "How each node does; for polling", _reply("Counts since the start.", ref("Live")))},
     }
 
 
@@ -109,33 +105,33 @@ def _memory(nodes: Sequence[str]) -> dict[str, Any]:
         _parameter("node", "query", {"type": "string", "examples": list(nodes)[:1]}, "turns that this node answered instead"),
     )
     id = _parameter("id", "path", {"type": "string", "minLength": 1}, "a conversation")
-    listed = _reply("Conversations; with `node`, turns. Newest first.", {"anyOf": [_ref("ConversationList"), _ref("TurnList")]})
-    deleted = _reply("It is gone.", _object(id=TEXT, deleted={"const": True}))
+    listed = _reply("Conversations; with `node`, turns. Newest first.", {"anyOf": [ref("ConversationList"), ref("TurnList")]})
+    deleted = _reply("It is gone.", record(id=TEXT, deleted={"const": True}))
     return {
         "/v1/history": {"get": _operation("listHistory", "What was asked", listed, (400,), parameters=asked)},
         "/v1/history/{id}": {
             "parameters": [id],
-            "get": _operation("getConversation", "The turns of a conversation", _reply("The turns.", _ref("Conversation")), (404,)),
+            "get": _operation("getConversation", "The turns of a conversation", _reply("The turns.", ref("Conversation")), (404,)),
             "delete": _operation("deleteConversation", "Forget a conversation", deleted, (404,)),
         },
         "/v1/cache": {
-            "delete": _operation("purgeCache", "Empty the cache", _reply("How many went.", _object(purged=WHOLE)), security=ADMIN)
+            "delete": _operation("purgeCache", "Empty the cache", _reply("How many went.", record(purged=WHOLE)), security=ADMIN)
         },
     }
 
 
 def _state() -> dict[str, Any]:
-    ready = _object(
+    ready = record(
         status={"enum": ["ready", "not ready"]}, master=FLAG, store=FLAG, nodes={"type": "object", "additionalProperties": REPLICAS}
     )
-    alive = _operation("health", "Whether the process is there", _reply("It is.", _object(status={"const": "ok"})), door=(), security=[])
+    alive = _operation("health", "Whether the process is there", _reply("It is.", record(status={"const": "ok"})), door=(), security=[])
     loaded = _operation("readiness", "Whether the master is loaded", _reply("It is.", ready), door=(), security=[])
     loaded["responses"]["503"] = _reply("Not yet.", ready)
     return {
         "/healthz": {"get": alive},
         "/readyz": {"get": loaded},
         "/metrics": {"get": _operation("metrics", "Figures for Prometheus", _reply("A page of them.", TEXT, kinds=("text/plain",)))},
-        "/openapi.json": {"get": _operation("document", "This document", _reply("It.", _object(openapi=TEXT, info={"type": "object"})))},
+        "/openapi.json": {"get": _operation("document", "This document", _reply("It.", record(openapi=TEXT, info={"type": "object"})))},
     }
 
 
@@ -151,156 +147,11 @@ def _page() -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------- what is sent
-
-
-def _requests(nodes: Sequence[str]) -> dict[str, Schema]:
-    model = {"enum": [wire.MODEL, *(f"{wire.MODEL}/{name}" for name in nodes)], "default": wire.MODEL}
-    question = {"type": "string", "pattern": r"\S"}
-    count = {"type": ["integer", "null"], "minimum": 1, "maximum": 1_000_000}
-    name = {"type": "string", "pattern": f"^{wire.CONVERSATION.pattern}$"}
-    common = {"model": model, "stream": _or_null(FLAG), "temperature": _range(2), "top_p": _range(1)}
-    texts = [_part(kind, text=TEXT) for kind in responses.TEXTS]
-    pictures = [_part("input_image", image_url=TEXT), _part("input_audio", input_audio={"type": "object"})]
-    parts = [
-        _part("text", text=TEXT),
-        _part("image_url", image_url={"type": "object"}),
-        _part("input_audio", input_audio={"type": "object"}),
-    ]
-    asked = _object(role={"const": "user"}, content={"anyOf": [question, {"type": "array", "minItems": 1}]})
-    said = {"type": "array", "minItems": 1, "maxItems": wire.MAX_MESSAGES, "contains": asked}
-    own = {"trace": FLAG, "conversation": name}
-    text = {"format": _object(type={"const": "text"}), "verbosity": {"const": "medium"}}
-    metadata = {"maxProperties": 16, "propertyNames": {"maxLength": 64}, "additionalProperties": {"type": "string", "maxLength": 512}}
-    return {
-        "ChatRequest": _object(
-            {
-                **common,
-                "max_tokens": count,
-                "max_completion_tokens": count,
-                "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 128},
-                "stream_options": _or_null(_object({"include_usage": FLAG})),
-                "lmgraph": {**_object({**own, "progress": FLAG}), "additionalProperties": False},
-            },
-            messages={**said, "items": _message(wire.ROLES, {"anyOf": [TEXT, {"type": "array", "items": {"oneOf": parts}}]})},
-        ),
-        "ResponseRequest": {
-            **_object(
-                {
-                    **common,
-                    "instructions": _or_null(TEXT),
-                    "max_output_tokens": count,
-                    "store": _or_null(FLAG),
-                    "previous_response_id": {"type": ["string", "null"], "pattern": f"^{responses.PREFIX}{wire.CONVERSATION.pattern}$"},
-                    "conversation": {"oneOf": [name, _object(id=name), {"type": "null"}]},
-                    "metadata": _or_null({"type": "object", **metadata}),
-                    "user": _or_null(TEXT),
-                    "text": _or_null(_object(text)),
-                    "lmgraph": {**_object(own), "additionalProperties": False},
-                },
-                input={
-                    "oneOf": [
-                        question,
-                        {
-                            **said,
-                            "items": _message(
-                                responses.ROLES, {"anyOf": [TEXT, {"type": "array", "items": {"oneOf": [*texts, *pictures]}}]}
-                            ),
-                        },
-                    ]
-                },
-            ),
-            "description": f"Supported: {responses.FIELDS}. Other fields are taken where they ask for nothing.",
-        },
-        "RouteRequest": {
-            "oneOf": [
-                {**_object(query=question), "additionalProperties": False},
-                {**_object(queries=_list(question) | {"minItems": 1, "maxItems": wire.MAX_QUERIES}), "additionalProperties": False},
-            ]
-        },
-        "Graph": {name: value for name, value in graphschema.schema().items() if name != "$schema"},
-    }
-
-
-def _message(roles: Sequence[str], content: Schema) -> Schema:
-    return _object(role={"enum": list(roles)}, content=content)
-
-
-def _part(kind: str, **fields: Schema) -> Schema:
-    return _object(type={"const": kind}, **fields)
-
-
-# ---------------------------------------------------------------- what is answered
-
-
-def _replies() -> dict[str, Schema]:
-    usage = _object(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE)
-    message = _object({"tool_calls": _list({"type": "object"})}, role={"const": "assistant"}, content=_or_null(TEXT))
-    choice = _object(index=WHOLE, message=message, finish_reason=TEXT)
-    step = _object(
-        {"voter": FLAG}, node=TEXT, request=TEXT, ms=NUMBER, first_ms=NUMBER, attempts=WHOLE, error=TEXT, usage={"type": "object"}
-    )
-    vote = _object(votes=_list(_object(node=TEXT, key=_or_null(TEXT), weight=NUMBER)), winner=TEXT, share=SHARE, judge=TEXT)
-    traced = _object({"decision": _or_null(_ref("Decision")), "steps": _list(step), "vote": vote, "cache": FLAG})
-    decision: dict[str, Schema] = {
-        **dict.fromkeys(("node", "query", "rewritten", "chosen", "rewrite_note"), TEXT),
-        **{"token": WHOLE, "shortened": WHOLE, "fallback": FLAG, "stayed": FLAG, "probability": SHARE},
-        "alternatives": _list(_object(node=TEXT, probability=SHARE)),
-        "ms": _object(tokenise=NUMBER, prefill=NUMBER, decode=NUMBER),
-        "tokens": _object(prompt=WHOLE, rewrite=WHOLE),
-    }
-    answer = _object(
-        {"lmgraph": _object(trace=traced)},
-        id=TEXT,
-        object={"const": "chat.completion"},
-        created=WHOLE,
-        model=TEXT,
-        choices=_list(choice),
-        usage=usage,
-    )
-    response = _object(
-        {"lmgraph": _object(trace=traced)},
-        id={"type": "string", "pattern": f"^{responses.PREFIX}"},
-        object={"const": "response"},
-        created_at=WHOLE,
-        status={"enum": ["completed", "incomplete"]},
-        model=TEXT,
-        output=_list(_object(type={"const": "message"}, role={"const": "assistant"}, content=_list(_part("output_text", text=TEXT)))),
-        usage=_object(input_tokens=WHOLE, output_tokens=WHOLE, total_tokens=WHOLE),
-        error={"type": "null"},
-    )
-    node = _object(active=WHOLE, answers=WHOLE, failures=WHOLE, replicas=REPLICAS)
-    turn = _object(
-        **dict.fromkeys(("id", "conversation", "answer", "node", "title"), TEXT),
-        request={"type": "object"},
-        trace={"type": "object"},
-        created=NUMBER,
-    )
-    conversation = _object(id=TEXT, title=TEXT, turns=WHOLE, created=NUMBER, updated=NUMBER)
-    shown = {"file": _or_null(TEXT), "undo": WHOLE, "editable": FLAG, "graph": _ref("Graph")}
-    model = _object(id=TEXT, object={"const": "model"}, created=WHOLE, owned_by=TEXT, description=TEXT)
-    told = _object({"problems": _list(TEXT)}, message=TEXT, type=TEXT, param=_or_null(TEXT), code=TEXT)
-    return {
-        "Error": _object(error=told),
-        "ChatCompletion": answer,
-        "Response": response,
-        "Decision": _object({"scope": NUMBER}, **decision),
-        "DecisionList": _listed(_ref("Decision")),
-        "Models": _listed(model),
-        "GraphAnswer": _object(object={"const": "graph"}, version={"type": "string", "pattern": "^[0-9a-f]{12}$"}, **shown),
-        "Live": _object(version=TEXT, nodes={"type": "object", "additionalProperties": node}),
-        "Turn": turn,
-        "TurnList": _listed(_ref("Turn")),
-        "ConversationList": _listed(conversation),
-        "Conversation": _object(object={"const": "conversation"}, id=TEXT, data=_list(_ref("Turn"))),
-    }
+# ---------------------------------------------------------------- pieces
 
 
 def _failure(status: int) -> Schema:
-    return _reply(FAILURES[status], _ref("Error"), {429: ("retry-after",), 401: ("www-authenticate",)}.get(status, ()))
-
-
-# ---------------------------------------------------------------- pieces
+    return _reply(FAILURES[status], ref("Error"), {429: ("retry-after",), 401: ("www-authenticate",)}.get(status, ()))
 
 
 def _operation(
@@ -333,28 +184,3 @@ def _reply(description: str, schema: Schema, headers: Sequence[str] = (), kinds:
 
 def _parameter(name: str, place: str, schema: Schema, description: str) -> Schema:
     return {"name": name, "in": place, "required": place == "path", "schema": schema, "description": description}
-
-
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _object(optional: Mapping[str, Schema] | None = None, /, **required: Schema) -> Schema:
-    """An object with these fields; others may be there too."""
-    return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
-
-
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _listed(items: Schema) -> Schema:
-    return _object(object={"const": "list"}, data=_list(items))
-
-
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _range(high: float) -> Schema:
-    return {"type": ["number", "null"], "minimum": 0, "maximum": high}

@@ -23,6 +23,7 @@ from lmgraph.serve.wire import (
     load,
     node_of,
     number,
+    own_of,
     status_of,
     take,
     usage_of,
@@ -75,11 +76,8 @@ def parse(body: bytes, nodes: Collection[str]) -> Call:
     instructions = take(given, "instructions", str, None)
     if instructions is not None:
         turns.insert(0, Message("system", characters(instructions, "instructions")))
-    own = take(given, MODEL, dict, {})
-    trace = take(own, "trace", bool, False, f"{MODEL}.")
-    conversation, echo = _conversation(given, own)
-    if own:
-        raise RequestError(f"{MODEL}.{next(iter(own))!s:.40} is unknown; valid: trace, conversation.", param=MODEL)
+    own = own_of(given, trace=bool, conversation=str, mode=str)
+    conversation, echo = _conversation(given, own["conversation"] or None)
     echo |= {"instructions": instructions, "metadata": _metadata(given), "user": characters(take(given, "user", str, ""), "user") or None}
     echo |= {"store": take(given, "store", bool, True), "max_output_tokens": number(given, "max_output_tokens", 1, 1_000_000, whole=True)}
     echo |= {"temperature": number(given, "temperature", 0, 2), "top_p": number(given, "top_p", 0, 1)}
@@ -96,8 +94,9 @@ def parse(body: bytes, nodes: Collection[str]) -> Call:
         temperature=echo["temperature"],
         options={} if echo["top_p"] is None else {"top_p": echo["top_p"]},
         needs=frozenset(needs),
+        mode=own["mode"],
     )
-    return Call(ask, stream, True, trace, conversation, store=echo["store"], echo=echo)
+    return Call(ask, stream, True, own["trace"], conversation, store=echo["store"], echo=echo)
 
 
 def _unsupported(name: str) -> RequestError:
@@ -165,12 +164,12 @@ def _required(value: Mapping[str, Any], name: str, kind: type, where: str) -> An
     return found
 
 
-def _conversation(given: dict[str, Any], own: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _conversation(given: dict[str, Any], ours: str | None) -> tuple[str, dict[str, Any]]:
     """(what is gone on with, '' for nothing; the fields that the response repeats about it)."""
     value = given.pop("conversation", None)
     theirs = _required(value, "id", str, "conversation") if isinstance(value, dict) else take({"": value}, "", str, None, "conversation")
     previous = take(given, "previous_response_id", str, None)
-    named = {"conversation": theirs, f"{MODEL}.conversation": take(own, "conversation", str, None, f"{MODEL}.")}
+    named = {"conversation": theirs, f"{MODEL}.conversation": ours}
     if previous is not None:
         if not previous.startswith(PREFIX):
             words = f"previous_response_id is {previous[:40]!r}, expected the id of a response, which begins with {PREFIX}."

@@ -75,31 +75,36 @@ class Tracing:
         decision: Decision | None = None,
         steps: Sequence[Step] = (),
         attributes: Mapping[str, Value] | None = None,
+        ended: Mapping[int, int] | None = None,
     ) -> None:
         """One finished request: a span for it, with one for the decision and one for each step in it. Never waits.
 
         `trace_parent` is the request's W3C `traceparent` header; times are nanoseconds since 1970, `status` is HTTP's. `attributes` are the
         request's own, such as `gen_ai.request.model`; none of them may hold message text. Steps follow one another and the last one ends
-        with the request, so their places in time are counted back from there; voters come before all others and begin together.
+        with the request, so their places in time are counted back from there; voters come before all others and begin together. The steps
+        of a walk's hop are counted back from when it `ended` (number of the hop -> nanoseconds since 1970): hops may run side by side.
         """
         kinds, own = self._api.SpanKind, dict(attributes or {})
         carrier = {"traceparent": trace_parent} if trace_parent else {}
         last = next((step for step in reversed(steps) if not step.error), None)
         if last is not None:
-            own = {"gen_ai.response.model": f"lmgraph/{last.node}", **_usage(steps), **own}
+            own = {**({"gen_ai.response.model": f"lmgraph/{last.node}"} if status < 400 else {}), **_usage(steps), **own}
         own = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "lmgraph", **own}
         own |= {"lmgraph.request.id": request_id, "http.response.status_code": status}
         name = f"{own['gen_ai.operation.name']} {own.get('gen_ai.request.model', 'lmgraph')}"
         root = self._tracer.start_span(name, self._parents.extract(carrier), kinds.SERVER, own, start_time=began_ns)
-        at = ended_ns
+        ends: dict[int | None, int] = dict((ended or {}).items())
         voters = [step for step in steps if step.voter]
-        for group in (*([step] for step in reversed(steps) if not step.voter), voters):
-            start = max(began_ns, at - int(max((step.ms for step in group), default=0) * 1e6))
+        for group in (*([step] for step in reversed(steps) if not step.voter), *([voters] if voters else [])):
+            hop = group[0].hop
+            at = min(max(began_ns, ends.get(hop, ended_ns)), ended_ns)
+            start = max(began_ns, at - int(max(step.ms for step in group) * 1e6))
             for step in group:
                 end = min(at, start + int(step.ms * 1e6))
                 self._child(root, f"chat {step.node}", kinds.CLIENT, start, end, _of_step(step), bool(step.error))
-            at = start
+            ends[hop] = start
         if decision is not None:
+            at = max(began_ns, min(ends.values(), default=ended_ns))
             took = decision.tokenise_ms + decision.prefill_ms + decision.decode_ms
             self._child(root, "decide lmgraph", kinds.INTERNAL, max(began_ns, at - int(took * 1e6)), at, _of_decision(decision), False)
         self._end(root, ended_ns, status >= 500)
@@ -141,6 +146,8 @@ def _of_step(step: Step) -> dict[str, Value]:
         "lmgraph.step.attempts": step.attempts,
         **_usage([step]),
     }
+    if step.hop is not None:
+        found["lmgraph.step.hop"] = step.hop
     if step.first_ms:
         found["gen_ai.response.time_to_first_chunk"] = step.first_ms / 1000
     return {**found, "error.type": "worker_error"} if step.error else found

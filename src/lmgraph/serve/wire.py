@@ -25,6 +25,7 @@ from lmgraph.errors import (
     UserError,
     WorkerTimeout,
 )
+from lmgraph.graph import MODES
 from lmgraph.types import Ask, Delta, Message
 
 MODEL = "lmgraph"
@@ -35,6 +36,8 @@ CONVERSATION = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_MESSAGES = 2048
 MAX_QUERIES = 1000
 """queries in one call of /v1/route"""
+FAULTS = ((WorkerTimeout, 504), (StoreError, 503), (OutsideError, 502), (AssetError, 503), (MasterError, 503), (UserError, 400))
+"""kind of error -> HTTP status; of several that fit, the first"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Chat:
     conversation: str = ""
     """the client's name for it, '' for none"""
     progress: bool = False
-    """a stream that begins at once, with the decision as its first piece"""
+    """a stream that begins at once, with the decision as its first piece and then every step of a walk"""
 
 
 def load(body: bytes) -> dict[str, Any]:
@@ -85,13 +88,8 @@ def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
     if not any(m.role == "user" for m in turns):
         raise RequestError("There is no message with role user.", param="messages")
     stream_options = take(given, "stream_options", dict, {})
-    own = dict(take(given, MODEL, dict, {}))
-    trace, progress = take(own, "trace", bool, False, f"{MODEL}."), take(own, "progress", bool, False, f"{MODEL}.")
-    conversation = conversation_of(take(own, "conversation", str, "", f"{MODEL}."))
-    if own:
-        raise RequestError(f"lmgraph.{next(iter(own))!s:.40} is unknown; valid: trace, progress, conversation.", param=MODEL)
-    limit = number(given, "max_completion_tokens", 1, 1_000_000, whole=True)
-    shorter = number(given, "max_tokens", 1, 1_000_000, whole=True)
+    own = own_of(given, trace=bool, progress=bool, conversation=str, mode=str)
+    limits = [number(given, name, 1, 1_000_000, whole=True) for name in ("max_completion_tokens", "max_tokens")]
     stream = take(given, "stream", bool, False)
     for name, low, high, whole in (("top_p", 0, 1, False), ("n", 1, 128, True)):
         if (value := number(given, name, low, high, whole=whole)) is not None and not (name == "n" and value == 1):
@@ -99,20 +97,30 @@ def parse_chat(body: bytes, nodes: Collection[str]) -> Chat:
     ask = Ask(
         turns,
         node=node_of(model, nodes),
-        max_tokens=int(limit or shorter) if limit or shorter else None,
+        max_tokens=limits[0] or limits[1],
         temperature=number(given, "temperature", 0, 2),
         options={name: value for name, value in given.items() if value is not None},
         needs=frozenset(needs),
         whole=not stream,
+        mode=own["mode"],
     )
-    return Chat(ask, stream, stream_options.get("include_usage") is True, trace, conversation, progress and stream)
+    if (conversation := own["conversation"]) and not CONVERSATION.fullmatch(conversation):
+        raise RequestError("A conversation's name has up to 128 letters, digits and _ . : -", param=f"{MODEL}.conversation")
+    return Chat(ask, stream, stream_options.get("include_usage") is True, own["trace"], conversation, own["progress"] and stream)
 
 
-def conversation_of(name: str) -> str:
-    """A conversation's name as the client gives it ('' for none). Raises RequestError for one that is none."""
-    if name and not CONVERSATION.fullmatch(name):
-        raise RequestError("A conversation's name has up to 128 letters, digits and _ . : -", param="lmgraph.conversation")
-    return name
+def own_of(given: dict[str, Any], **kinds: type) -> dict[str, Any]:
+    """Take what is lmgraph's own out of `given`: the fields of `kinds`, false or '' where they are missing.
+
+    Raises RequestError for a field that is none of these, for a wrong type, and for a mode that there is not.
+    """
+    own = dict(take(given, MODEL, dict, {}))
+    found = {name: take(own, name, kind, kind(), f"{MODEL}.") for name, kind in kinds.items()}
+    if own:
+        raise RequestError(f"{MODEL}.{next(iter(own))!s:.40} is unknown; valid: {', '.join(kinds)}.", param=MODEL)
+    if found["mode"] not in ("", *MODES):
+        raise RequestError(f"{MODEL}.mode is {found['mode']!r:.40}; valid: {', '.join(MODES)}.", param=f"{MODEL}.mode")
+    return found
 
 
 def node_of(model: str, nodes: Collection[str]) -> str | None:
@@ -224,9 +232,9 @@ class Writer:
         self._text = self._chunk + '[{"index":0,"delta":{"content":'
         self._first = True
 
-    def decision(self, decision: Mapping[str, Any]) -> bytes:
-        """The decision as a piece of a stream, before any piece of the answer."""
-        return f'{self._chunk}[],"lmgraph":{{"decision":{_dump(decision)}}}}}\n\n'.encode()
+    def news(self, kind: str, what: Mapping[str, Any]) -> bytes:
+        """The decision, or what a walk is at (`kind`: decision, progress), as a piece of a stream before any piece of the answer."""
+        return f'{self._chunk}[],"lmgraph":{{"{kind}":{_dump(what)}}}}}\n\n'.encode()
 
     def chunk(self, delta: Delta) -> bytes:
         """A piece of a stream, as a server-sent event; b'' where there is nothing to say."""
@@ -326,15 +334,7 @@ def status_of(error: LmgraphError) -> int:
     """HTTP status of an error: whose fault it is."""
     if isinstance(error, RequestError):
         return error.status
-    if isinstance(error, WorkerTimeout):
-        return 504
-    if isinstance(error, StoreError):
-        return 503
-    if isinstance(error, OutsideError):
-        return 502
-    if isinstance(error, (AssetError, MasterError)):
-        return 503
-    return 400 if isinstance(error, UserError) else 500
+    return next((status for kind, status in FAULTS if isinstance(error, kind)), 500)
 
 
 def error(failure: LmgraphError) -> bytes:

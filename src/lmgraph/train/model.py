@@ -91,6 +91,16 @@ def load_base(path: Path) -> tuple[Any, torch.Tensor, data.Encode]:
 
 
 @torch.no_grad()
+def absorb(trunk: Any, tensors: Mapping[str, np.ndarray]) -> None:
+    """Add a bundle's LoRA to the weights for good. A bundle of rows alone changes none."""
+    for name, parameter in trunk.named_parameters():
+        key = _adapted(name)
+        if f"{key}.lora_a" in tensors:
+            change = tensors[f"{key}.lora_b"].astype(np.float32) @ tensors[f"{key}.lora_a"].astype(np.float32)
+            parameter += torch.from_numpy(change)
+
+
+@torch.no_grad()
 def states(
     base: Path,
     adapter: Mapping[str, np.ndarray] | None,
@@ -105,11 +115,7 @@ def states(
     portable build; equal to its states but for rounding. Queries of similar length go together; they come back in their own order.
     """
     trunk, embeddings, encode_text = load_base(base)
-    for name, parameter in trunk.named_parameters():
-        key = _adapted(name)
-        if adapter is not None and f"{key}.lora_a" in adapter:  # a bundle of rows alone changes no weight
-            change = adapter[f"{key}.lora_b"].astype(np.float32) @ adapter[f"{key}.lora_a"].astype(np.float32)
-            parameter += torch.from_numpy(change)
+    absorb(trunk, adapter or {})
     master = Master(trunk, embeddings, 1, half=fast_bf16()).eval()
     encoded = [data.encode(data.Example(query, next(iter(vocabulary.nodes))), vocabulary, encode_text, limit) for query in queries]
     prompts = [row.ids[: row.start] for row in encoded]

@@ -36,8 +36,11 @@ def byte_tokens() -> list[str]:
     return out
 
 
-def make(path: Path, seed: int = 0, control: Sequence[str] = (), scale: float = 0.4) -> int:
-    """Write a toy GGUF; `control` are further control tokens at the end of the vocabulary. Returns the vocabulary's size."""
+def make(path: Path, seed: int = 0, control: Sequence[str] = (), scale: float = 0.4, context: int = 2048) -> int:
+    """Write a toy GGUF; `control` are further control tokens at the end of the vocabulary. Returns the vocabulary's size.
+
+    `context`: tokens that it says it was trained for; llama.cpp gives a sequence no more.
+    """
     import gguf
 
     random = np.random.default_rng(seed)
@@ -47,7 +50,7 @@ def make(path: Path, seed: int = 0, control: Sequence[str] = (), scale: float = 
     with atomic(path) as part:
         writer = gguf.GGUFWriter(part, "llama")
         writer.add_name("toy")
-        writer.add_context_length(2048)
+        writer.add_context_length(context)
         writer.add_embedding_length(WIDTH)
         writer.add_block_count(LAYERS)
         writer.add_feed_forward_length(INNER)

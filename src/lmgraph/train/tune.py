@@ -22,16 +22,18 @@ from typing import Any
 
 import numpy as np
 
+from lmgraph import adapters
 from lmgraph.bundles import read, read_tensors, write_tensors, write_vocabulary
 from lmgraph.errors import DataError, MissingExtra
 from lmgraph.tokens import Vocabulary
 from lmgraph.train import examples as data
-from lmgraph.train.model import LINEAR, Master, fast_bf16, load_base
+from lmgraph.train import tasks
+from lmgraph.train.loss import batches, loss_of, validate
+from lmgraph.train.model import LINEAR, Master, absorb, fast_bf16, load_base
 from lmgraph.train.plot import plot
 
 try:
     import torch
-    import torch.nn.functional as F
 except ImportError as error:  # pragma: no cover - exercised by the test of missing extras in a subprocess
     raise MissingExtra("Training a master", "train") from error
 
@@ -71,74 +73,11 @@ class Recipe:
     validate_every: int = 200
 
 
-def batches(encoded: Sequence[data.Encoded], budget: int, rng: random.Random) -> list[list[int]]:
-    """Indices in batches of at most `budget` padded tokens, similar lengths together, batches in random order."""
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].ids) + rng.random() * 4, i))
-    out: list[list[int]] = []
-    batch: list[int] = []
-    for index in order:
-        longest = max(len(encoded[index].ids), *(len(encoded[i].ids) for i in batch)) if batch else len(encoded[index].ids)
-        if batch and longest * (len(batch) + 1) > budget:
-            out.append(batch)
-            batch = []
-        batch.append(index)
-    if batch:
-        out.append(batch)
-    rng.shuffle(out)
-    return out
+def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None, fixed: bool = False) -> tuple[Master, data.Encode]:
+    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or at `start`.
 
-
-def _pad(rows: Sequence[data.Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        mask[i, : len(row.ids)] = 1
-    return ids, mask
-
-
-def loss_of(master: Master, rows: Sequence[data.Encoded], vocabulary: Vocabulary, recipe: Recipe) -> tuple[torch.Tensor, float, float]:
-    """(loss, choice loss, rewrite loss) of a batch; choice over the whole vocabulary, smoothed over the graph's nodes."""
-    ids, mask = _pad(rows, 0)
-    states = master.states(ids, mask)
-    first = torch.tensor([row.start for row in rows])
-    each = torch.arange(len(rows))
-    logits = F.log_softmax(master.scores(states[each, first - 1]), dim=-1)
-    target = ids[each, first]
-    known = torch.tensor([vocabulary.first_id + token for token in vocabulary.nodes.values()])
-    eps = recipe.smoothing
-    choice = -((1 - eps) * logits[each, target] + eps * logits[:, known].mean(-1)).mean()
-    after = mask.bool() & (torch.arange(ids.shape[1]) > first.unsqueeze(1))
-    rewrite = torch.zeros(())
-    if after.any():
-        where = after.nonzero()
-        rewrite = F.cross_entropy(master.scores(states[where[:, 0], where[:, 1] - 1]), ids[after])
-    return choice + recipe.rewrite_weight * rewrite, float(choice.detach()), float(rewrite.detach())
-
-
-@torch.no_grad()
-def validate(master: Master, encoded: Sequence[data.Encoded], vocabulary: Vocabulary, budget: int = 4096) -> dict[str, float]:
-    """Choice accuracy and log loss over the graph's nodes (prompt only), as serving would choose."""
-    master.eval()
-    known = torch.tensor([vocabulary.first_id + token for token in vocabulary.nodes.values()])
-    prompts = [data.Encoded(row.ids[: row.start + 1], row.start) for row in encoded]
-    right = 0
-    loss = 0.0
-    for batch in batches(prompts, budget, random.Random(0)):
-        rows = [prompts[i] for i in batch]
-        ids, mask = _pad(rows, 0)
-        each, first = torch.arange(len(rows)), torch.tensor([row.start for row in rows])
-        logits = F.log_softmax(master.scores(master.states(ids, mask)[each, first - 1])[:, known], dim=-1)
-        target = (known.unsqueeze(0) == ids[each, first].unsqueeze(1)).int().argmax(1)
-        right += int((logits.argmax(1) == target).sum())
-        loss += float(-logits[each, target].sum())
-    master.train()
-    return {"accuracy": right / len(encoded), "loss": loss / len(encoded), "n": float(len(encoded))}
-
-
-def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None) -> tuple[Master, data.Encode]:
-    """Base weights -> master with LoRA and rows; output rows start at the mean embedding of the node's name, or at `start`."""
+    `fixed`: the master of `start` stays as it is, rows and all, and a LoRA of its own is learnt on top.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -149,6 +88,8 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     trunk, embeddings, encode_text = load_base(base)
+    if start is not None and fixed:
+        absorb(trunk, read_tensors(read(str(start.resolve())).weights))
     lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=list(LINEAR))
     with warnings.catch_warnings():  # peft's own use of transformers, nothing that a user could change
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -160,16 +101,18 @@ def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None
             name = encode_text(" " + node.replace("_", " "), False)
             master.output_rows[token] = embeddings[name].mean(0)
         if start is not None:
-            _start_from(master, start, vocabulary, recipe)
+            _start_from(master, start, vocabulary, recipe, fixed)
     return master, encode_text
 
 
-def _start_from(master: Master, start: Path, vocabulary: Vocabulary, recipe: Recipe) -> None:
+def _start_from(master: Master, start: Path, vocabulary: Vocabulary, recipe: Recipe, rows_alone: bool) -> None:
     """Copy a bundle's tensors into a master (the reverse of `save`). Of the rows, those of nodes that both name by the same token."""
     bundle = read(str(start.resolve()))
     tensors, known = read_tensors(bundle.weights), bundle.vocabulary.nodes
     shared = [token for name, token in vocabulary.nodes.items() if known.get(name) == token]
     for name, parameter in trained(master).items():
+        if rows_alone and not name.endswith("_rows"):
+            continue
         key, scale = _bundle_name(name), 1.0
         rows = name.endswith("_rows")
         if key.endswith(".lora_b"):
@@ -184,6 +127,7 @@ def _start_from(master: Master, start: Path, vocabulary: Vocabulary, recipe: Rec
         if rows:
             parameter[shared] = value[shared]
             parameter[-1] = value[-1]  # the end token's
+            parameter.requires_grad_(not rows_alone)
         else:
             parameter.copy_(value)
 
@@ -205,31 +149,54 @@ def trained(master: Master) -> dict[str, torch.Tensor]:
 def main(
     base: Path,
     train: Sequence[data.Example],
-    validation: Mapping[str, Sequence[data.Example]],
+    validation: Mapping[str, Sequence[data.Example | tasks.Task]],
     vocabulary: Vocabulary,
     recipe: Recipe,
     out: Path,
     log: Any = print,
     start: Path | None = None,
+    walks: Sequence[tasks.Task] = (),
+    node: str = "",
 ) -> dict[str, Any]:
     """Run the recipe, from the base or from another bundle (`start`).
 
+    `walks`: tasks of several steps, taught beside the examples; then every example teaches that its walk ends, too.
+    `node`: only what follows this node is learnt, as its adapter for the master of `start`; adapter.gguf is left instead of a bundle.
+
     Leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl and plot.png in `out`.
     """
-    unknown = sorted({e.node for e in train} - set(vocabulary.nodes))
+    unknown = sorted({e.node for e in train}.union(step.node for task in walks for step in task.steps) - set(vocabulary.nodes))
     if unknown:
         raise DataError(f"Examples name nodes without a functional token: {', '.join(unknown)}.")
+    if node and start is None:
+        raise DataError(f"The adapter of node {node!r} needs the master that it belongs to.", "Name its bundle: --start FOLDER")
     out.mkdir(parents=True, exist_ok=True)
-    master, encode_text = setup(base, vocabulary, recipe, start)
-    encoded = [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in train]
-    checks = {name: [data.encode(e, vocabulary, encode_text, recipe.query_limit) for e in rows] for name, rows in validation.items()}
+    master, encode_text = setup(base, vocabulary, recipe, start, fixed=bool(node))
+
+    def encode(example: data.Example | tasks.Task, form: int = tasks.PLAN) -> data.Encoded:
+        if isinstance(example, tasks.Task):
+            return tasks.encode(example, vocabulary, encode_text, recipe.query_limit, form)
+        return data.encode(example, vocabulary, encode_text, recipe.query_limit, ends=bool(walks))
+
+    def learnt(rows: list[data.Encoded]) -> list[data.Encoded]:
+        return [short for row in rows if (short := row.after(vocabulary.id_of(node))).choices] if node else rows
+
+    encoded = [encode(example) for example in train] + [encode(task, form) for task, form in zip(walks, tasks.forms(walks), strict=True)]
+    encoded = learnt(encoded)
+    checks = {name: kept for name, rows in validation.items() if (kept := learnt([encode(example) for example in rows]))}
+    if not encoded:
+        raise DataError(f"No task goes on from node {node!r}, or ends there.", "Give tasks whose steps name it: --tasks FILE")
     average = fit(master, encoded, checks, vocabulary, recipe, out, log)
     with torch.no_grad():
         for name, tensor in trained(master).items():
             tensor.copy_(average[name])
     metrics: dict[str, Any] = {name: validate(master, rows, vocabulary) for name, rows in checks.items()}
-    save(master, vocabulary, recipe, out)
+    if node and start is not None:
+        adapters.write(out / "adapter.gguf", tensors_of(master, recipe), base, read(str(start.resolve())).digest, node)
+    else:
+        save(master, vocabulary, recipe, out)
     metrics["examples"] = len(train)
+    metrics["walks"] = len(walks)
     metrics["rewrites"] = sum(bool(e.rewrite) for e in train)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     plot(out)
@@ -291,7 +258,7 @@ def fit(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _schedule(step, len(plan), recipe.warmup)
             batch = [encoded[i] for i in plan[step]]
-            loss, choice, rewrite = loss_of(master, batch, vocabulary, recipe)
+            loss, choice, rewrite = loss_of(master, batch, vocabulary, recipe.smoothing, recipe.rewrite_weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_([*lora, *rows], 1.0)
@@ -336,12 +303,17 @@ def _write(path: Path, value: Any) -> None:
 
 
 def save(master: Master, vocabulary: Vocabulary, recipe: Recipe, out: Path) -> None:
-    """weights.safetensors (float16: `blk.N.NAME.lora_a` (r, in), `.lora_b` (out, r) scaled, `input_rows`, `output_rows`)."""
+    """weights.safetensors and vocabulary.json."""
+    write_tensors(tensors_of(master, recipe), out / "weights.safetensors")
+    write_vocabulary(vocabulary, out / "vocabulary.json")
+
+
+def tensors_of(master: Master, recipe: Recipe) -> dict[str, np.ndarray]:
+    """What was trained, float16: `blk.N.NAME.lora_a` (r, in), `.lora_b` (out, r) scaled, `input_rows`, `output_rows`."""
     tensors: dict[str, np.ndarray] = {}
     for name, tensor in trained(master).items():
         key, value = _bundle_name(name), tensor.detach().float()
         if key.endswith(".lora_b"):
             value = value * (recipe.alpha / recipe.rank)
         tensors[key] = value.numpy().astype(np.float16)
-    write_tensors(tensors, out / "weights.safetensors")
-    write_vocabulary(vocabulary, out / "vocabulary.json")
+    return tensors

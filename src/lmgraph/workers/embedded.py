@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from lmgraph.engine import Engine
+from lmgraph.engine import Engine, too_long
 from lmgraph.errors import QueryError
 from lmgraph.types import Delta, Message
 
+ANSWER_ROOM = 64
+"""tokens: what has no room for as many (or for as few as are asked for) is not begun"""
 LABELS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """options that say something about a request and nothing about its answer"""
 NEUTRAL = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"}, "tool_choice": "none"}
@@ -65,6 +67,8 @@ class EmbeddedWorker:
         if self._system:
             turns = [("system", self._system), *(t for t in turns if t[0] != "system")]
         ids = await engine.render(turns)
+        if len(ids) + min(max_tokens, ANSWER_ROOM) > engine.context:
+            raise too_long(len(ids), engine.path, engine.context)
         finish, used = "stop", 0
         async with await engine.session() as session:
             stream = session.generate(ids, max_tokens, temperature=heat)

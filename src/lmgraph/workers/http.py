@@ -11,10 +11,12 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import httptools
 
+from lmgraph.patience import Patience
 from lmgraph.workers.target import Target
 
 HEAD_LIMIT = 64 << 10
@@ -85,10 +87,12 @@ class Client:
 
     async def _connect(self, target: Target) -> Connection:
         secure, host, port = target.origin
+        patience = Patience(self._connect_s, partial(NoConnection, "no connection in time"))
         try:
-            return await asyncio.wait_for(self._open(target, secure, host, port), self._connect_s)
-        except asyncio.TimeoutError:
-            raise NoConnection("no connection in time") from None
+            with patience:
+                return await self._open(target, secure, host, port)
+        finally:
+            patience.end()
 
     async def _open(self, target: Target, secure: bool, host: str, port: int) -> Connection:
         loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ connection. What is not an answer is refused as a WorkerError that names the ser
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from lmgraph.types import Delta
 LINE_LIMIT, BODY_LIMIT = 1 << 20, 16 << 20
 """bytes of one line (and of one event), bytes of an answer that is not streamed; a server that sends more is refused"""
 CONTENT = b'"content":"'
+TOO_LONG = re.compile(r"context.(?:length|size|window)", re.IGNORECASE)
+"""in the error of a server whose model has no room for a request (OpenAI, vLLM, llama.cpp)"""
 PLAIN_CHOICE, PLAIN_DELTA = frozenset({"index", "delta", "finish_reason"}), frozenset({"role", "content"})
 
 
@@ -227,8 +230,9 @@ class Reading:
 def refusal(opening: str, error: Any, status: int = 0) -> Refusal:
     """What a server's `error` (an object, or anything) says, behind `opening`; without a status its own code is taken."""
     detail = error if isinstance(error, dict) else {}
-    found = Refusal(opening + str(detail.get("message", error))[:300])
+    words = str(detail.get("message", error))
     code = detail.get("code")
+    found = Refusal(opening + words[:300], too_long=bool(TOO_LONG.search(f"{code} {detail.get('type')} {words[:2000]}")))
     found.status = status or (code if isinstance(code, int) and 400 <= code < 600 else 0)
     return found
 

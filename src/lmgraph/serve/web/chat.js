@@ -1,7 +1,7 @@
 // The conversation: its id, asking and stopping, its turns on the page. It tells its `listener` what the graph should show.
 
 import * as api from "./api.js";
-import { find, make, percent, spoken } from "./elements.js";
+import { find, make, percent, plural, spoken } from "./elements.js";
 import { Turn, remembered } from "./turn.js";
 
 const CURRENT = "lmgraph-conversation";
@@ -68,7 +68,7 @@ export class Chat {
     this.follow = true;
     this.#scroll();
     const node = turns.at(-1)?.element.dataset.node ?? "";
-    this.listener.lit(node);
+    this.listener.lit(node, { path: turns.at(-1)?.path });
     this.listener.status(node ? `${spoken(node)} answered last.` : "No question yet.");
   }
 
@@ -101,6 +101,13 @@ export class Chat {
           status = this.#sentence(decision);
           this.#tell(turn, status, decision.node, { alternatives: decision.alternatives, flowing: true });
         }
+        if (chunk.lmgraph?.progress) {
+          turn.progress(chunk.lmgraph.progress);
+          const [steps, nodes] = [[...turn.working.keys()].map((hop) => hop + 1), [...turn.working.values()]];
+          if (turn.path.length > 1) status = plural(turn.path.length, "step");
+          const sentence = nodes.length ? `${nodes.map(spoken).join(" and ")} at work, step ${steps.join(" and ")}.` : "The master is deciding.";
+          this.#tell(turn, sentence, nodes, { path: turn.path, flowing: true });
+        }
         const text = chunk.choices?.[0]?.delta?.content;
         if (text) {
           if (!said) {
@@ -109,7 +116,7 @@ export class Chat {
             if (who && who !== turn.element.dataset.node) {
               turn.answering(who);
               status = [spoken(who), `token ${this.listener.tokenOf(who)}`, node ? "pinned" : "took over"].join(", ");
-              this.#tell(turn, status, who, { flowing: true });
+              this.#tell(turn, status, who, { path: turn.path, flowing: true });
             } else if (who) turn.answering(who);
           }
           turn.hear(text);
@@ -129,7 +136,7 @@ export class Chat {
     }
     this.controller = undefined;
     this.#busy(false);
-    if (this.log.contains(turn.element)) this.listener.lit(turn.element.dataset.node ?? "");
+    if (this.log.contains(turn.element)) this.listener.lit(turn.element.dataset.node ?? "", { path: turn.path });
     this.#scroll();
     this.listener.changed();
   }

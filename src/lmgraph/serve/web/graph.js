@@ -9,6 +9,9 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const END = "end";
 
+/** What is drawn of the edges, [[source, targets], ...]: where a node leads to every other one ('*'), only the lines that a walk takes are. */
+const drawn = (edges) => Object.entries(edges ?? {}).map(([source, targets]) => [source, source === "start" || !targets.includes("*") ? targets : targets.filter((name) => name !== "*" && name !== END)]);
+
 /** Nodes by distance from start, [[names at distance 1], ...]; those that cannot be reached (and the end) come last. */
 function layers({ nodes, edges }) {
   const all = Object.keys(nodes);
@@ -20,7 +23,7 @@ function layers({ nodes, edges }) {
     layer.forEach((name) => seen.add(name));
     if (layer.some((name) => name in nodes)) out.push(layer.filter((name) => name in nodes));
   }
-  const ends = Object.values(edges ?? {}).some((targets) => targets.includes(END)) ? [END] : [];
+  const ends = drawn(edges).some(([, targets]) => targets.includes(END)) ? [END] : [];
   const lost = [...all.filter((name) => !seen.has(name)), ...ends];
   if (!lost.length) return out;
   return [...out.slice(0, -1), [...(out.at(-1) ?? []), ...lost]];
@@ -53,11 +56,12 @@ function positions(graph, w, h) {
   return out;
 }
 
+const line = (source, target, kind, more = "") => ({ group: "edges", data: { id: `${source} ${target} ${kind}`, source, target, share: 0 }, classes: `${kind} ${more}` });
+
 function elements({ nodes, edges }) {
-  const line = (source, target, classes) => ({ group: "edges", data: { id: `${source} ${target} ${classes}`, source, target, share: 0 }, classes });
   const out = [{ data: { id: "start", label: "start" }, classes: "start" }];
   for (const name of Object.keys(nodes)) out.push({ data: { id: name, label: spoken(name), active: 0 } });
-  for (const [source, targets] of Object.entries(edges ?? {})) {
+  for (const [source, targets] of drawn(edges)) {
     const unfolded = targets.flatMap((name) => (name === "*" ? Object.keys(nodes).filter((other) => other !== source) : [name]));
     if (unfolded.includes(END) && !out.some((element) => element.data.id === END)) out.push({ data: { id: END, label: END }, classes: "start" });
     for (const target of new Set(unfolded))
@@ -101,7 +105,8 @@ export class Picture {
     this.list = list;
     this.graph = { nodes: {}, edges: {} };
     this.state = { nodes: {} };
-    this.lit = "";
+    this.lit = [];
+    this.path = [];
     const fine = matchMedia("(pointer: fine)").matches; // a finger on the drawing scrolls the page instead
     this.cy = cytoscape({
       container: drawing, style: style(false), minZoom: 0.5, maxZoom: 4, boxSelectionEnabled: false, autoungrabify: true, autounselectify: true,
@@ -127,7 +132,7 @@ export class Picture {
     if (first) first.tabIndex = 0;
     this.#arrange();
     this.live(this.state);
-    this.light(this.lit);
+    this.light(this.lit, { path: this.path });
   }
 
   /** Load and health of every node, as GET /v1/live gives them. */
@@ -142,28 +147,39 @@ export class Picture {
       chip.dataset.health = how;
       chip.dataset.active = active;
       chip.querySelector(".load").textContent = active || "";
-      chip.setAttribute("aria-label", [spoken(name), `token ${node.token}`, HEALTH[how], active && `${active} under way`, name === this.lit && "chosen"].filter(Boolean).join(", "));
+      chip.setAttribute("aria-label", [spoken(name), `token ${node.token}`, HEALTH[how], active && `${active} under way`, this.lit.includes(name) && "chosen"].filter(Boolean).join(", "));
     }
   }
 
-  /** Light up the node that answers ('': none) and the way to it; `alternatives` widen their edges by probability. */
-  light(name, { alternatives = [], flowing = false } = {}) {
-    this.lit = name in this.graph.nodes ? name : "";
+  /** Light up the node that answers ('': none; several at work: a list) and the way to it: `path`, the nodes of a walk, else from start.
+   * `alternatives` widen their edges by probability. */
+  light(names, { alternatives = [], flowing = false, path = [] } = {}) {
+    const known = (list) => [list].flat().filter((name) => name in this.graph.nodes);
+    this.lit = known(names);
+    this.path = known(path);
+    const way = ["start", ...(this.path.length ? this.path : this.lit)].filter((name, i, all) => name !== all[i - 1]); // who composes has been there
     this.cy.batch(() => {
       this.cy.elements().removeClass("lit flowing");
+      this.cy.edges(".taken").remove();
       this.cy.edges().data("share", 0);
       for (const { node, probability } of alternatives) this.cy.getElementById(`start ${node} first`).data("share", probability);
-      if (this.lit) {
-        this.cy.getElementById(name).addClass("lit");
-        this.cy.getElementById(`start ${name} first`).addClass(flowing ? "lit flowing" : "lit");
-      }
+      for (const name of this.lit) this.cy.getElementById(name).addClass("lit");
+      way.slice(1).forEach((target, i) => this.#edge(way[i], target).addClass(flowing && this.lit.length && i === way.length - 2 ? "lit flowing" : "lit"));
     });
     for (const chip of this.list.children) {
-      chip.toggleAttribute("data-lit", chip.dataset.node === this.lit);
-      chip.setAttribute("aria-current", chip.dataset.node === this.lit);
+      const lit = this.lit.includes(chip.dataset.node);
+      chip.toggleAttribute("data-lit", lit);
+      chip.setAttribute("aria-current", lit);
     }
     if (flowing && !still.matches) this.#flow();
     this.live(this.state);
+  }
+
+  /** The line between two nodes, drawn now where a walk takes one that is not drawn otherwise. */
+  #edge(source, target) {
+    const made = line(source, target, source === "start" ? "first" : "next", "taken");
+    const found = this.cy.getElementById(made.data.id);
+    return found.length || source === "start" ? found : this.cy.add(made);
   }
 
   /** Mark the node whose card is open ('': none). */

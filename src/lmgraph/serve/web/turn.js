@@ -8,6 +8,8 @@ export class Turn {
   constructor(question, tokenOf) {
     this.tokenOf = tokenOf;
     this.text = "";
+    this.path = []; // nodes of a walk, in the order of its hops
+    this.working = new Map(); // hop -> node
     this.route = make("p", { class: "route" });
     this.how = make("details", { class: "how", hidden: true }, make("summary", {}, "How it was decided"));
     this.bars = make("ul", { class: "bars", "aria-label": "Most probable tokens" });
@@ -72,8 +74,34 @@ export class Turn {
         note && make("p", { class: "quiet" }, note)]).filter(Boolean));
   }
 
-  #step(name, what, more, failed = false) {
-    return make("li", { "data-step": name, class: failed ? "failed" : null }, make("strong", {}, spoken(name)), ` ${what}`, more && make("span", { class: "quiet" }, ` ${more}`));
+  #step(name, what, more, kind, part) {
+    return make("li", { "data-step": name, class: kind }, make("strong", {}, spoken(name)), ` ${what}`, more && make("span", { class: "quiet" }, ` ${more}`), part);
+  }
+
+  /** What a walk is at, as the stream tells it: its `plan`, a hop that `began` or has `ended`. */
+  progress({ kind, hop, node, request, ms, error, answer, hops = [] }) {
+    if (kind === "plan") {
+      this.path = hops.map((planned) => planned.node);
+      hops.forEach((planned, number) => this.#hop(number, planned.node, "is planned", "planned"));
+    } else if (kind === "began") {
+      this.path[hop] = node;
+      this.working.set(hop, node);
+      this.#hop(hop, node, "is working", "working");
+      this.element.dataset.node = node;
+      this.#name(node, this.tokenOf(node));
+      this.route.append(make("span", {}, `step ${hop + 1}`));
+    } else {
+      this.working.delete(hop);
+      this.#hop(hop, node, error ? `failed after ${duration(ms)}: ${error}` : `answered in ${duration(ms)}`, error && "failed", part(request, answer));
+    }
+  }
+
+  #hop(number, node, what, kind, more) {
+    const row = this.#step(node, what, "", kind, more);
+    row.dataset.hop = number;
+    const before = this.walk.querySelector(`[data-hop="${number}"]`);
+    if (before) before.replaceWith(row);
+    else this.walk.append(row);
   }
 
   /** A worker gives its first piece: it may be another one than the decision's. */
@@ -113,12 +141,16 @@ export class Turn {
     if (trace?.decision) this.decide(trace.decision);
     else this.walk.replaceChildren();
     const steps = trace?.steps ?? [];
+    const walk = trace?.walk;
+    this.path = walk?.hops.map((hop) => hop.node) ?? [];
+    this.working.clear();
     for (const step of steps) {
       const usage = step.usage ?? {};
       const more = [step.first_ms > 0 && `first piece after ${duration(step.first_ms)}`, step.attempts > 1 && `${step.attempts} attempts`,
         usage.completion_tokens !== undefined && `${plural(usage.prompt_tokens ?? 0, "token")} in, ${usage.completion_tokens} out`];
       const what = step.error ? `failed after ${duration(step.ms)}: ${step.error}` : `answered in ${duration(step.ms)}`;
-      this.walk.append(this.#step(step.node, what, more.filter(Boolean).join(", "), Boolean(step.error)));
+      const told = step.hop !== undefined && part(step.request, step === steps.at(-1) ? "" : step.answer); // the last one's is the answer
+      this.walk.append(this.#step(step.node, what, more.filter(Boolean).join(", "), step.error && "failed", told));
     }
     this.how.hidden = !this.walk.children.length;
     const last = steps.at(-1);
@@ -126,7 +158,8 @@ export class Turn {
     if (!last.error) this.answering(last.node);
     const together = Math.max(0, ...steps.filter((step) => step.voter).map((step) => step.ms)); // voters begin together
     const ms = steps.reduce((sum, step) => sum + (step.voter ? 0 : step.ms), together);
-    this.route.append(make("span", { class: "quiet" }, duration(ms)));
+    this.route.append(make("span", { class: "quiet" }, walk ? plural(walk.hops.length, "step") : duration(ms))); // a plan's run side by side
+    if (walk && walk.stopped !== "end") this.route.append(make("span", { class: "quiet" }, walk.stopped === "loop" ? "went round" : `limit of ${walk.stopped} reached`));
     if (last.usage?.completion_tokens !== undefined) this.route.append(make("span", { class: "quiet" }, plural(last.usage.completion_tokens, "token")));
   }
 
@@ -134,10 +167,17 @@ export class Turn {
   end(state, sentence = "") {
     if (this.frame) cancelAnimationFrame(this.frame);
     this.#draw();
+    for (const [hop, node] of this.working) this.#hop(hop, node, "was not finished", "failed");
+    this.working.clear();
     if (!this.element.dataset.node) this.route.textContent = state === "done" ? "" : state === "stopped" ? "Stopped" : "Not answered";
     this.element.dataset.state = state;
     say(this.problem, sentence);
   }
+}
+
+/** What a hop was asked and what it answered, folded. */
+function part(request, answer) {
+  return make("details", { class: "part" }, make("summary", {}, answer ? "Request and answer" : "Request"), make("p", {}, request), answer && make("p", {}, answer));
 }
 
 /** A turn as the history keeps it. */
