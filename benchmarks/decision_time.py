@@ -130,4 +130,5 @@ async def main() -> None:
         options.out.write_text(json.dumps({"threads": using.threads, "base": BASE, "results": results}, indent=2) + "\n")
 
 
-asyncio.run(main())
+if __name__ == "__main__":
+    asyncio.run(main())
