@@ -23,6 +23,7 @@ from lmgraph.tokens import Vocabulary
 from lmgraph.train import heads, tiny
 
 WORDS = {"math": "sum integral matrix", "law": "court contract statute", "health": "doctor fever bone"}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started in a shell's background, tests and all that they start would ignore Ctrl-C
 
 
 @pytest.fixture(autouse=True)
