@@ -20,6 +20,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,13 +109,21 @@ async def measure(path: Path, nodes: int, queries: list[str], threads: int, cold
     return out
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[17, 100, 1000])
+Measure = Callable[[Path, int, list[str], int, int], Awaitable[dict[str, float]]]
+"""(master, nodes, queries, threads, cold queries) -> figures"""
+
+
+def options_of(description: str, nodes: list[int]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, nargs="+", default=nodes)
     parser.add_argument("--queries", type=int, default=60)
     parser.add_argument("--data", type=Path, default=Path("data/mmlu_dev.jsonl"), help="where the queries come from")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+async def at_each_size(options: argparse.Namespace, measure: Measure) -> list[dict[str, float]]:
+    """Figures for every number of nodes, printed as they come."""
     using = settings.read()
     base = assets.fetch(assets.CATALOGUE[BASE], using.cache)
     rows = examples.load([options.data])
@@ -123,12 +132,17 @@ async def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for nodes in options.nodes:
             path = build(base, nodes, Path(folder))
-            results.append(await measure(path, nodes, queries, using.threads, cold=5 if nodes <= 100 else 1))
+            results.append(await measure(path, nodes, queries, using.threads, 5 if nodes <= 100 else 1))
             print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def write(options: argparse.Namespace, results: list[dict[str, float]]) -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"threads": using.threads, "base": BASE, "results": results}, indent=2) + "\n")
+        options.out.write_text(json.dumps({"threads": settings.read().threads, "base": BASE, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    given = options_of(__doc__, [17, 100, 1000])
+    write(given, asyncio.run(at_each_size(given, measure)))

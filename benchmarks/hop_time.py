@@ -12,40 +12,37 @@ Queries are different each time. Medians; ratios of medians. Rows are random: ti
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
-from decision_time import BASE, ROOM, build, descriptions, timed
+from decision_time import ROOM, at_each_size, descriptions, options_of, timed, write
 
-from lmgraph import assets, bundles, settings
+from lmgraph import bundles
 from lmgraph.engine import Engine
 from lmgraph.graph import END, START, Graph, MasterSpec, Node, WorkerSpec
 from lmgraph.master import Master
-from lmgraph.train import examples
 from lmgraph.types import Passed
 
+NEIGHBOURS = 8
 REQUEST = "State the law that governs this case and the quantities it needs."
 ANSWER = "The law is that of conservation of energy; the mass is 2 kg, the height 10 m, the acceleration 9.81 m/s2, and friction is small."
 
 
-def ring(nodes: int, neighbours: int) -> Graph:
+def ring(nodes: int) -> Graph:
     """Each node may be followed by the next ones and by the end."""
     names = [f"node_{i}" for i in range(nodes)]
     made = {name: Node(name, i, f"about {name}", WorkerSpec("scripted", answers={"*": "."})) for i, name in enumerate(names)}
-    edges = {name: (*(names[(i + k) % nodes] for k in range(1, neighbours + 1)), END) for i, name in enumerate(names)}
+    edges = {name: (*(names[(i + k) % nodes] for k in range(1, NEIGHBOURS + 1)), END) for i, name in enumerate(names)}
     return Graph(made, {START: ("*",), **edges}, MasterSpec("none.gguf"))
 
 
-async def measure(path: Path, nodes: int, neighbours: int, queries: list[str], threads: int, cold: int) -> dict[str, float]:
+async def measure(path: Path, nodes: int, queries: list[str], threads: int, cold: int) -> dict[str, float]:
     listing_text = "Experts:\n" + "\n".join(descriptions(nodes)) + "\n\nWhich expert comes next? Question: "
     engine = await Engine.open(path, context=min(ROOM, 1024 + 40 * nodes), slots=1, threads=threads)
     try:
-        master = Master(engine, bundles.vocabulary_of(path), ring(nodes, neighbours))
+        master = Master(engine, bundles.vocabulary_of(path), ring(nodes))
         step = Passed("node_0", tuple(await engine.tokenise(REQUEST)), ANSWER)
         listing, ask = await engine.tokenise(listing_text), await engine.tokenise("\nExpert:")
         told = await engine.tokenise(f"\nStep 1: {descriptions(nodes)[0].split(':')[0]}: {REQUEST}\nAnswer: {ANSWER}")
@@ -68,36 +65,14 @@ async def measure(path: Path, nodes: int, neighbours: int, queries: list[str], t
     finally:
         await engine.close()
     middle = {name: statistics.median(values) for name, values in times.items()}
-    out: dict[str, float] = {"nodes": nodes, "neighbours": neighbours, "queries": len(queries), "listing_tokens": len(listing)}
+    out: dict[str, float] = {"nodes": nodes, "neighbours": NEIGHBOURS, "queries": len(queries), "listing_tokens": len(listing)}
     out |= {f"{name}_ms": round(value, 2) for name, value in middle.items()}
     return out | {f"{name}_over_hop": round(middle[name] / middle["hop"], 2) for name in ("listing_cached", "listing_cold")}
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--neighbours", type=int, default=8)
-    parser.add_argument("--queries", type=int, default=60)
-    parser.add_argument("--data", type=Path, default=Path("data/mmlu_dev.jsonl"), help="where the queries come from")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    using = settings.read()
-    base = assets.fetch(assets.CATALOGUE[BASE], using.cache)
-    rows = examples.load([options.data])
-    queries = [rows[i * len(rows) // options.queries].query for i in range(options.queries)]
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for nodes in options.nodes:
-            path = build(base, nodes, Path(folder))
-            results.append(await measure(path, nodes, options.neighbours, queries, using.threads, cold=5 if nodes <= 100 else 1))
-            print(json.dumps(results[-1]), flush=True)
-    first = results[0]["hop_ms"]
-    for row in results:
-        row["hop_over_smallest"] = round(row["hop_ms"] / first, 3)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"threads": using.threads, "base": BASE, "results": results}, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    asyncio.run(main())
+    given = options_of(__doc__, [10, 100, 1000])
+    results = asyncio.run(at_each_size(given, measure))
+    for row in results:
+        row["hop_over_smallest"] = round(row["hop_ms"] / results[0]["hop_ms"], 3)
+    write(given, results)

@@ -12,25 +12,25 @@ from pathlib import Path
 import numpy as np
 
 from lmgraph.assets import atomic
-from lmgraph.bundles import NAMES, permute
+from lmgraph.bundles import NAMES, flush, form, permute
 from lmgraph.errors import AssetError, VocabularyMismatch
 
 MASTER = "lmgraph.master"
 """metadata: digest of the bundle that the adapter was trained on"""
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray], master: Path, digest: str, name: str) -> None:
-    """`blk.N.KIND.lora_a` (r, in) and `.lora_b` (out, r; scaled) -> a GGUF adapter for `master` (a merged GGUF), written atomically."""
+def write(path: Path, tensors: Mapping[str, np.ndarray], base: Path, digest: str, node: str) -> None:
+    """`blk.N.KIND.lora_a` (r, in) and `.lora_b` (out, r; scaled) -> the GGUF adapter of a node, written atomically.
+
+    It is for the bundle of this digest, whose base weights are `base`.
+    """
     import gguf
 
-    reader = gguf.GGUFReader(master)
-    architecture = str(reader.fields["general.architecture"].contents())
-    heads = int(reader.fields[f"{architecture}.attention.head_count"].contents())
-    kv_heads = int(reader.fields[f"{architecture}.attention.head_count_kv"].contents())
+    architecture, heads, kv_heads = form(gguf.GGUFReader(base))
     with atomic(path) as part:
         writer = gguf.GGUFWriter(part, architecture)
         writer.add_type("adapter")
-        writer.add_name(name)
+        writer.add_name(node)
         writer.add_string("adapter.type", "lora")
         writer.add_string(MASTER, digest)
         writer.add_float32("adapter.lora.alpha", float(next(value.shape[0] for key, value in tensors.items() if key.endswith("lora_a"))))
@@ -40,10 +40,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], master: Path, digest: s
             if half == "lora_b" and kind in ("q_proj", "k_proj"):
                 data = permute(data, heads if kind == "q_proj" else kv_heads)
             writer.add_tensor(f"blk.{layer}.{NAMES[kind]}.weight.{half}", np.ascontiguousarray(data))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        flush(writer)
 
 
 def check(path: Path, digest: str, node: str) -> None:

@@ -149,12 +149,10 @@ def merge(bundle: Bundle, base: Path, target: Path, progress: Progress | None = 
     tensors = read_tensors(bundle.weights)
     vocabulary = bundle.vocabulary
     reader = gguf.GGUFReader(base)
-    architecture = str(reader.fields["general.architecture"].contents())
+    architecture, heads, kv_heads = form(reader)
     size = len(reader.fields["tokenizer.ggml.tokens"].data)
     if size != vocabulary.first_id:
         raise VocabularyMismatch(f"{base.name} has {size} tokens, the bundle was trained on a base with {vocabulary.first_id}.")
-    heads = int(reader.fields[f"{architecture}.attention.head_count"].contents())
-    kv_heads = int(reader.fields[f"{architecture}.attention.head_count_kv"].contents())
     with atomic(target, hint) as part:
         writer = gguf.GGUFWriter(part, architecture)
         _metadata(reader, writer, vocabulary, bundle.name)
@@ -164,11 +162,23 @@ def merge(bundle: Bundle, base: Path, target: Path, progress: Progress | None = 
             writer.add_tensor(name, data, raw_dtype=kind)
             if progress:
                 progress(number, total)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        flush(writer)
     return target
+
+
+def form(reader: Any) -> tuple[str, int, int]:
+    """(architecture, heads, key-value heads) of a GGUF."""
+    architecture = str(reader.fields["general.architecture"].contents())
+    heads, kv_heads = (int(reader.fields[f"{architecture}.attention.{key}"].contents()) for key in ("head_count", "head_count_kv"))
+    return architecture, heads, kv_heads
+
+
+def flush(writer: Any) -> None:
+    """Write all that a GGUF writer was given, and close its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _metadata(reader: Any, writer: Any, vocabulary: Vocabulary, name: str) -> None:
@@ -270,10 +280,7 @@ def patch(source: Path, target: Path, rows: Mapping[int, np.ndarray], vocabulary
                 for token, row in rows.items():
                     data[base.first_id + token] = quants.quantize(row.astype(np.float32)[None], Q.Q8_0)[0]
             writer.add_tensor(tensor.name, data, raw_dtype=Q(tensor.tensor_type))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        flush(writer)
     return target
 
 

@@ -120,7 +120,9 @@ def tune(
     given, vocabulary, base_file = _ground(path, base, size)
     if node:
         start = _master_of(given, node, walks, start, path or using.graph)
-        vocabulary = bundles.read(str(start.resolve())).vocabulary
+        ground, vocabulary = vocabulary.base, bundles.read(str(start.resolve())).vocabulary
+        if vocabulary.base != ground:
+            raise UserError(f"The master in {start} was trained on another base than {base_file.name}.", "Name its base: --base")
     elif not files:
         raise UserError("Give --data, the examples to learn from.", "See: lmgraph train tune --help")
     training, kept = data.split(data.load(files)) if files else ([], [])
