@@ -583,6 +583,8 @@ def test_only_what_training_keeps_aside_is_measured_and_examples_are_of_the_rest
     found = lmgraph("evaluate", "plans", "tasks.jsonl", "--kept", "--contestant", "master", "--contestant", "listing", "--listing-sample", "1", "--json")
     assert found.code == 0 and found.data["tasks"] == len(kept), found.err
     assert lmgraph(*MASTER, "--kept", "--sample", "1", "--json").data["tasks"] == 1
+    half = sum(held_out(t, 50) for t in load([Path("tasks.jsonl")]))
+    assert half > len(kept) and lmgraph(*MASTER, "--kept", "--percent", "50", "--json").data["tasks"] == half
     write("tasks.jsonl", jsonl(*(r for r in rows if r["query"] not in {t.query for t in kept})))
     found = lmgraph(*MASTER, "--kept")
     assert found.code == 2 and f"No tasks are left of {18 - len(kept)} after --kept." in found.err

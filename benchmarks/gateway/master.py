@@ -41,7 +41,7 @@ READY_S = 300.0
 
 def graph(upstream: str, rewrite: str) -> str:
     """The built-in graph with the mock behind every node."""
-    given = yaml.safe_load(files.builtin_graph())
+    given = yaml.safe_load(files.builtin_graph()) | {"answer": {"mode": "single"}}
     for node in given["nodes"].values():
         node |= {"worker": {"kind": "openai", "urls": [f"{upstream}/v1"], "model": "mock"}, "rewrite": rewrite}
     return yaml.safe_dump(given, sort_keys=False)

@@ -40,7 +40,14 @@ HELP = "See: lmgraph evaluate plans --help"
 )
 @GRAPH
 @BUNDLE
-@click.option("--kept", is_flag=True, help="only the fifth of the tasks that training keeps aside")
+@click.option("--kept", is_flag=True, help="only the tasks that training keeps aside")
+@click.option(
+    "--percent",
+    type=click.IntRange(1, 99),
+    default=20,
+    show_default=True,
+    help="how many of 100 training kept aside: 20 of --tasks, 10 of --data",
+)
 @click.option(
     "--contestant", "kinds", type=click.Choice(list(KINDS)), multiple=True, metavar="NAME", help="only this one (repeat)  [default: all]"
 )
@@ -56,6 +63,7 @@ def plans(
     path: Path | None,
     bundle: str | None,
     kept: bool,
+    percent: int,
     kinds: tuple[str, ...],
     sample: int | None,
     listing_sample: int | None,
@@ -110,10 +118,10 @@ def plans(
         every = data.load(files)
     given = with_master(given, bundle)
     check_names("The tasks name", {step.node for task in every for step in task.steps}, list(given.nodes))
-    rows = [task for task in every if not kept or held_out(task, data.KEPT)]
+    rows = [task for task in every if not kept or held_out(task, percent)]
     shown: list[Task] = []
     if any(KINDS[kind] for kind in chosen):
-        shown = planner.examples([task for task in every if not held_out(task, data.KEPT)] if kept else rows)
+        shown = planner.examples([task for task in every if not held_out(task, percent)] if kept else rows)
         rows = [task for task in rows if all(task.query != other.query for other in shown)]
     if not rows:
         without = [*(["after --kept"] if kept else []), *([f"without the {len(shown)} that are shown as examples"] if shown else [])]

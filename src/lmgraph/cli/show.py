@@ -196,8 +196,14 @@ def graph_tree(given: Graph) -> Tree:
         branch = root.add(line)
         following = given.neighbours(name)
         if following:
-            branch.add(Text("then: " + ", ".join(following), style="dim"))
+            named = [END] * (END in following) if _open(given, name) else following
+            branch.add(Text("then: " + ", ".join(["any other"] * _open(given, name) + [*named]), style="dim"))
     return root
+
+
+def _open(given: Graph, name: str) -> bool:
+    """Whether every other node may follow this one."""
+    return len(given.nodes) > 1 and {*given.nodes} - {name} <= {*given.neighbours(name)}
 
 
 def _answering(spec: AnswerSpec) -> str:
@@ -231,7 +237,9 @@ def graph_svg(given: Graph) -> str:
                 'fill="none" stroke="#99a" marker-end="url(#a)"/>'
             )
     for name in names:
-        for other in given.neighbours(name):
+        if _open(given, name):
+            parts.append(f'<text x="530" y="{where[name] + 5:.0f}" fill="#b58" font-size="11">&#8644; any other</text>')
+        for other in () if _open(given, name) else given.neighbours(name):
             if other != END:
                 bend = 560 + min(300, abs(where[name] - where[other]) / 2 + 40)
                 parts.append(

@@ -1,7 +1,8 @@
 """Tasks that need several experts: JSON Lines of {query, steps: [{node, needs, rewrite, answer?}], lang?} -> ids and what is learnt.
 
-A task is taught in the forms that serving meets: as a plan (nothing answered yet), as a walk (each step answered before the next choice,
-or the first steps only), and without requests (the query is too long to be rewritten). It knows files and the joining of prompts.py with
+A task is taught in the forms that serving meets: as a plan (nothing answered yet) or as a walk (each step answered before the next choice,
+or the first steps only), and besides without requests: that is what serving meets where the query is too long to be rewritten, and it
+teaches the choices once more at a third of the cost. It knows files and the joining of prompts.py with
 tokens.py; it knows no model.
 """
 
@@ -89,15 +90,13 @@ def encode(task: Task, vocabulary: tokens.Vocabulary, encode_text: Encode, limit
 
 
 def forms(tasks: Sequence[Task]) -> list[int]:
-    """A form for each task: every tenth is BARE; of the others half are walks, as far as answers are recorded, the rest plans.
+    """A form for each task: half are walks, as far as answers are recorded, the rest plans. (BARE is for all of them, besides.)
 
     Every second walk has answers of its first steps only: whether another step will follow is asked before a step is answered.
     """
     found, plans, walks = [], 0, 0
-    for number, task in enumerate(tasks):
-        if number % 10 == 9:
-            found.append(BARE)
-        elif task.answers and walks < plans:
+    for task in tasks:
+        if task.answers and walks < plans:
             found.append(len(task.steps) if walks % 2 else 1 + walks // 2 % max(1, len(task.steps) - 1))
             walks += 1
         else:

@@ -70,7 +70,7 @@ class Recipe:
     precision: str = "auto"
     """of the matrix products: fp32, bf16, or auto (bf16 where the processor has instructions for it); what is learnt stays fp32"""
     checkpoint_minutes: float = 4.0
-    validate_every: int = 200
+    validate_every: int = 400
 
 
 def setup(base: Path, vocabulary: Vocabulary, recipe: Recipe, start: Path | None = None, fixed: bool = False) -> tuple[Master, data.Encode]:
@@ -181,7 +181,9 @@ def main(
     def learnt(rows: list[data.Encoded]) -> list[data.Encoded]:
         return [short for row in rows if (short := row.after(vocabulary.id_of(node))).choices] if node else rows
 
-    encoded = [encode(example) for example in train] + [encode(task, form) for task, form in zip(walks, tasks.forms(walks), strict=True)]
+    encoded = [encode(example) for example in train]
+    encoded += [encode(task, form) for task, form in zip(walks, tasks.forms(walks), strict=True)]
+    encoded += [encode(task, tasks.BARE) for task in walks]
     encoded = learnt(encoded)
     checks = {name: kept for name, rows in validation.items() if (kept := learnt([encode(example) for example in rows]))}
     if not encoded:
