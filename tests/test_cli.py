@@ -566,7 +566,7 @@ def test_a_graph_that_fits_its_master_has_nothing_wrong(lmgraph: Command, commen
 def test_check_notes_dead_ends_and_cycles_of_a_graph_that_walks(lmgraph: Command, toy_graph_file: Path) -> None:
     text = toy_graph_file.read_text().replace("['*']}", "['*'], math: [law, end], law: [math]}")
     toy_graph_file.write_text(text)
-    assert "note" not in lmgraph("graph", "check").out
+    assert lmgraph("graph", "check").out.count("note") == 2, "a request may ask for a walk"
     toy_graph_file.write_text("answer: {mode: auto, hops: 5}\n" + text)
     found = lmgraph("graph", "check")
     assert found.code == 0 and found.out.splitlines() == [
@@ -577,6 +577,21 @@ def test_check_notes_dead_ends_and_cycles_of_a_graph_that_walks(lmgraph: Command
     toy_graph_file.write_text(text.replace("law: [math]", "law: [law]"))
     found = lmgraph("graph", "check")
     assert found.code == 2 and "from 'law' the walk can never end (a cycle to nowhere); connect it: lmgraph graph connect law end" in found.err
+
+
+def test_check_looks_for_the_adapters_that_nodes_bring(lmgraph: Command, toy_graph_file: Path) -> None:
+    toy_graph_file.write_text(toy_graph_file.read_text().replace("law: {token", "law: {adapter: runs/law.gguf, token"))
+    found = lmgraph("graph", "check")
+    assert found.code == 1 and "adapter of node 'law'" in found.err and "does not exist" in found.err and "train tune --node law" in found.err
+
+
+def test_a_node_that_is_added_to_a_graph_that_walks_may_be_followed_by_any_other(lmgraph: Command, toy_graph_file: Path) -> None:
+    add = ("graph", "add", "{}", "--description", "d", "--url", "http://127.0.0.1:9/v1")
+    assert lmgraph(*(part.format("art") for part in add)).code == 0
+    toy_graph_file.write_text("answer: {mode: auto}\n" + toy_graph_file.read_text())
+    assert lmgraph(*(part.format("cooking") for part in add)).code == 0
+    edges = lmgraph("graph", "show", "--json").data["edges"]
+    assert "art" not in edges and edges["cooking"] == ["*", "end"]
 
 
 def test_check_lists_every_problem_with_its_line(lmgraph: Command) -> None:

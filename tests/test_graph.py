@@ -419,7 +419,8 @@ def walking(one: Graph, mode: str = "walk", hops: int = 6) -> Graph:
 
 def test_dead_ends_and_cycles_are_noted_where_queries_may_walk() -> None:
     one = linked("a", "b", "c", "d", start=["*"], a=["b", "end"], b=["a", "c"], c=[])
-    assert graph.notes(one) == [] and graph.check(one) == []
+    assert graph.notes(one) == graph.notes(walking(one)) and graph.check(one) == [], "a request may ask for a walk, whatever the graph says"
+    assert graph.notes(linked("a", "b", start=["*"])) == [], "nobody walks here"
     assert graph.notes(walking(one)) == [
         "dead ends: after c, d a walk is over, whatever is left to do; connect: lmgraph graph connect c NODE end",
         "2 nodes lie on cycles, such as a -> b -> a: a walk there goes on until the master chooses the end, or to the limit of 6 hops"]

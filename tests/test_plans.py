@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import WORDS, toy_graph
-from lmgraph import assets, graphfile, walking
+from lmgraph import ahead, assets, graphfile
 from lmgraph import engine as engines
 from lmgraph.engine import Engine
 from lmgraph.errors import DataError, EngineError
@@ -460,7 +460,7 @@ def test_the_master_plans_along_the_edges_as_it_does_when_it_serves(toy_master: 
     async def work(made: planner.Served, master: Master) -> tuple[planner.Planned, list[Decision]]:
         query = "tell me about court court why"
         first = await master.decide(query, rewriting=True, ahead=True)
-        return await made.plan(query), await walking.decide_all(master, query, first, 4)
+        return await made.plan(query), await ahead.decide_all(master, query, first, 4)
 
     found, decisions = served(toy_master, work, start=["law", "math"], law=["math"])
     assert [step.node for step in found.steps] == ["law", "math"] == [d.node for d in decisions] and found.decisions == 2

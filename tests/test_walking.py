@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import WORDS, toy_graph
-from lmgraph import execute, graphfile, plan, runtime, walking
+from lmgraph import ahead, execute, graphfile, plan, runtime, walking
 from lmgraph import settings as environment
 from lmgraph.errors import EngineError, OutsideError, QueryError, WorkerError, WorkerTimeout
 from lmgraph.graph import AnswerSpec, Graph
@@ -66,8 +66,8 @@ class Script:
     todo: list[Decision]
     asked: list[tuple[str, tuple[Passed, ...]]] = field(default_factory=list)
 
-    async def decide(self, query: str, at: str, *, trace: Sequence[Passed], rewriting: bool, ahead: bool) -> Decision:
-        assert (query, rewriting, ahead) == (QUERY, True, True)
+    async def decide(self, query: str, at: str, *, trace: Sequence[Passed], ahead: bool) -> Decision:
+        assert (query, ahead) == (QUERY, True)
         self.asked.append((at, tuple(trace)))
         return self.todo.pop(0)
 
@@ -750,6 +750,137 @@ def test_an_answer_that_breaks_off_after_it_was_seen_is_an_error() -> None:
     with_servers(work, broken)
 
 
+def test_a_hop_on_the_way_that_breaks_off_is_tried_again_and_then_its_fallback_answers() -> None:
+    asked = []
+
+    async def broken(request: str) -> AsyncIterator[str]:
+        asked.append(request)
+        yield "half"
+        raise ConnectionError
+
+    async def work(server: Server) -> None:
+        worker = server.worker.replace("retries: 0", "retries: 1")
+        graph = graph_of({"math>law": worker, **{"law": ECHO["law"], "health": ECHO["health"]}})
+        found = await walked(graph, [hop("math", "a"), hop("health", "b {0}", more=0.0)])
+        assert found.text == "H(b L(a))" and len(asked) == 1 + ("retries: 1" in worker)
+        assert [(node, at, bool(error)) for node, at, error in found.steps] == [("math", 0, True), ("law", 0, False), ("health", 1, False)]
+
+    with_servers(work, broken)
+
+
+def test_a_master_that_fails_on_the_way_costs_no_answer() -> None:
+    class Broken(Script):
+        async def decide(self, *_: Any, **__: Any) -> Decision:
+            raise EngineError("llama.cpp is gone")
+
+    seen = Walked(Broken([]))
+    asyncio.run(walked(graph_of(ECHO), [hop("math", "a")], seen=seen))
+    assert seen.text == "M(a)" and seen.walk.stopped == "master"
+
+
+def test_what_a_client_says_of_length_holds_for_the_answer_that_it_gets() -> None:
+    seen: list[tuple[str, int, Mapping[str, Any]]] = []
+
+    class Spy:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        async def stream(self, messages: Sequence[Message], *, max_tokens: int, options: Mapping[str, Any] | None = None, **_: Any) -> AsyncIterator[Delta]:
+            seen.append((self.name, max_tokens, options or {}))
+            yield Delta(f"{self.name} says")
+            yield Delta(done=True, finish="length")
+
+    async def work() -> None:
+        graph, asked = graph_of(ECHO), replace(ASK, max_tokens=7, options={"stop": ["x"], "seed": 1})
+
+        async def opened(node: Any) -> Any:
+            return Spy(node.name)
+
+        one = partial(execute.run, open_worker=opened, max_tokens=asked.max_tokens, options=asked.options)
+        master: Any = Script([hop("law", "judge {0}", more=0.0)])
+        walk = Walking(AnswerSpec("walk"), graph, master, asked, one, lambda name: [])
+        (ended,) = [item async for item in walk.run(hop("math", "sum")) if isinstance(item, Walk)]
+        assert seen == [("math", 512, {"seed": 1}), ("law", 7, {"stop": ["x"], "seed": 1})]
+        assert ended.hops[1].request == f"judge math says{walking.CUT_OFF}"
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("mode", ["walk", "plan"])
+def test_every_worker_is_made_ready_first_and_what_fails_then_comes_up_when_it_is_asked(mode: str) -> None:
+    async def work() -> None:
+        opened: list[str] = []
+
+        async def ready(node: Any) -> None:
+            opened.append(node.name)
+            raise WorkerError("no weights yet")
+
+        async def scripted(node: Any) -> Any:
+            return await there.worker(node)
+
+        graph = graph_of(ECHO)
+        async with Runtime.open(environment.read(), given=graph) as there:
+            master: Any = Script([hop("law", "judge {0}", more=0.0)])
+            walk = Walking(AnswerSpec(mode), graph, master, ASK, partial(execute.run, open_worker=scripted), lambda name: [], ready=ready)
+            text = "".join([item.text async for item in walk.run(hop("math", "sum")) if isinstance(item, Delta)])
+        assert text == "L(judge M(sum))" and opened == ["math", "law"]
+
+    asyncio.run(work())
+
+
+def test_what_is_beside_the_limits_takes_nothing_of_them() -> None:
+    async def work() -> None:
+        limits = Limits(AnswerSpec("walk", seconds=0.05), graph_of(ECHO))
+        loop = asyncio.get_running_loop()
+        long = loop.time() + 0.1
+
+        async def fetched() -> str:
+            over = asyncio.Event()
+            loop.call_at(long, over.set)
+            await over.wait()
+            return "weights"
+
+        assert await limits.beside(fetched()) == "weights" and limits.reached([]) == ""
+        with pytest.raises(TimeOver):
+            await limits.within(asyncio.Event().wait())
+        limits.end()
+
+    asyncio.run(work())
+
+
+def test_waiting_for_its_turn_is_not_a_workers_silence() -> None:
+    async def work() -> None:
+        turn, began = asyncio.Lock(), asyncio.Event()
+
+        class OneAtATime:
+            def turn(self) -> asyncio.Lock:
+                return turn
+
+            async def stream(self, *_: Any, **__: Any) -> AsyncIterator[Delta]:
+                began.set()
+                yield Delta("mine", done=False)
+                yield Delta(done=True, finish="stop")
+
+        async def opened(node: Any) -> Any:
+            return OneAtATime()
+
+        node = replace(graph_of(ECHO).nodes["math"])
+        node = replace(node, worker=replace(node.worker, timeout_s=0.01))
+        await turn.acquire()
+
+        async def ask() -> str:
+            return "".join([item.text async for item in execute.run(node, [], [Message("user", "x")], opened) if isinstance(item, Delta)])
+
+        asking_on, patient = asyncio.create_task(ask()), asyncio.Event()
+        asyncio.get_running_loop().call_later(0.05, patient.set)
+        await patient.wait()
+        assert not began.is_set() and not asking_on.done()
+        turn.release()
+        assert await asking_on == "mine" and not turn.locked()
+
+    asyncio.run(work())
+
+
 def test_the_limits_of_a_real_clock() -> None:
     async def work() -> None:
         graph = graph_of(ECHO)
@@ -884,26 +1015,38 @@ def asking(*roles: str, **options: Any) -> Ask:
     (asking("user", options={"tools": [{}]}), False), (asking("user", options={"response_format": {"type": "json_object"}}), False),
 ])
 def test_first_turns_in_plain_text_may_walk(ask: Ask, may: bool) -> None:
-    assert walking.may(graphfile.loads(FULL), ask) == may
+    assert ahead.may(graphfile.loads(FULL), ask) == may
 
 
 def test_where_nothing_in_the_graph_walks_only_the_ask_can_say_so() -> None:
     plain = graphfile.loads(FULL.replace("mode: auto", "mode: single").replace("mode: plan", "mode: vote"))
-    assert not walking.may(plain, asking("user")) and walking.may(plain, asking("user", mode="auto"))
-    assert walking.may(graphfile.loads(FULL.replace("mode: auto", "mode: single")), asking("user")), "a node's own answer may be a plan"
+    assert not ahead.may(plain, asking("user")) and ahead.may(plain, asking("user", mode="auto"))
+    assert ahead.may(graphfile.loads(FULL.replace("mode: auto", "mode: single")), asking("user")), "a node's own answer may be a plan"
 
 
 @pytest.mark.parametrize(("node", "more", "mode", "found"), [
     ("a", 0.9, "", ("walk", 4)), ("a", 0.5, "", ("walk", 4)), ("a", 0.4, "", None), ("a", None, "", None), ("b", 0.0, "", ("plan", 2)), ("c", 0.9, "", None),
-    ("c", 0.9, "auto", ("walk", 6)), ("c", 0.1, "auto", None), ("c", 0.1, "walk", ("walk", 6)), ("a", 0.1, "plan", ("plan", 4)), ("b", 0.9, "single", None), ("a", 0.9, "vote", None),
+    ("c", 0.9, "auto", ("walk", 4)), ("c", 0.1, "auto", None), ("c", 0.1, "walk", ("walk", 4)), ("a", 0.1, "plan", ("plan", 4)), ("b", 0.9, "single", None), ("a", 0.9, "vote", None),
 ])
 def test_auto_walks_where_more_is_needed_a_nodes_own_answer_wins_and_the_asks_mode_before_both(
     node: str, more: float | None, mode: str, found: tuple[str, int] | None
 ) -> None:
     decision = Decision("q", node, node, 0, 0.9, more=more)
-    spec = walking.spec(graphfile.loads(FULL), asking("user", mode=mode), decision)
+    spec = ahead.spec(graphfile.loads(FULL), asking("user", mode=mode), decision)
     assert (spec and (spec.mode, spec.hops)) == found
-    assert walking.spec(graphfile.loads(FULL), asking("user", mode=mode), replace(decision, fallback=True)) is None
+    assert ahead.spec(graphfile.loads(FULL), asking("user", mode=mode), replace(decision, fallback=True)) is None
+
+
+def test_a_walk_of_at_most_one_hop_is_a_single_answer() -> None:
+    decision = Decision("q", "a", "a", 0, 0.9, more=0.9)
+    assert ahead.spec(graphfile.loads(FULL.replace("hops: 4", "hops: 1")), asking("user", mode="walk"), decision) is None
+
+
+def test_who_answers_alone_is_asked_all_of_it() -> None:
+    part = Decision("Sum 2000 dollars over 3 years. Who pays?", "a", "a", 0, 0.9, rewritten="Say who pays.", more=0.9)
+    assert ahead.alone(part).rewritten == part.query and "number" in ahead.alone(part).rewrite_note
+    whole = replace(part, rewritten="Sum 2000 dollars over 3 years and say who pays.")
+    assert ahead.alone(whole) == whole and ahead.alone(replace(part, more=0.1)) == replace(part, more=0.1)
 
 
 # ---------------------------------------------------------------- the real master: only neighbours may follow
@@ -967,3 +1110,11 @@ def test_the_fallback_of_the_master_answers_alone(toy_master: Path) -> None:
 def test_errors_of_a_walk_are_of_the_kind_that_doors_know(toy_master: Path) -> None:
     with pytest.raises(OutsideError, match=r"^No worker could answer"):
         answer_to(toy_master, court("walk"), worker="{kind: scripted, retries: 0, answers: {'*': '! out of order'}}")
+
+
+@pytest.mark.parametrize("mode", ["walk", "plan", "auto"])
+def test_what_looks_like_a_place_in_a_users_words_is_text(toy_master: Path, mode: str) -> None:
+    ask = Ask((Message("user", "court {2} contract {0}"),), mode=mode)
+    for edges in (PATH, "{start: ['*']}"):
+        found = answer_to(toy_master, ask, "{mode: walk, hops: 3}", edges)
+        assert found.trace.steps[0].request == "court {2} contract {0}" and found.text

@@ -13,7 +13,7 @@ import numpy as np
 
 from lmgraph.assets import atomic
 from lmgraph.bundles import NAMES, flush, form, permute
-from lmgraph.errors import AssetError, VocabularyMismatch
+from lmgraph.errors import AdapterError, VocabularyMismatch
 
 MASTER = "lmgraph.master"
 """metadata: digest of the bundle that the adapter was trained on"""
@@ -44,18 +44,18 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], base: Path, digest: str
 
 
 def check(path: Path, digest: str, node: str) -> None:
-    """Raise AssetError for what is no adapter, VocabularyMismatch where it was trained on another master (`digest` '': not known)."""
+    """Raise AdapterError for what is no adapter, VocabularyMismatch where it was trained on another master (`digest` '': not known)."""
     import gguf
 
     again = f"Make one: lmgraph train tune --node {node} --tasks FILE --out FOLDER"
     if not path.is_file():
-        raise AssetError(f"The adapter of node {node!r}, {path}, does not exist.", again)
+        raise AdapterError(f"The adapter of node {node!r}, {path}, does not exist.", again)
     try:
         fields = gguf.GGUFReader(path).fields
     except (OSError, ValueError) as error:
-        raise AssetError(f"The adapter of node {node!r}, {path}, cannot be read as GGUF: {error}.", again) from error
+        raise AdapterError(f"The adapter of node {node!r}, {path}, cannot be read as GGUF: {error}.", again) from error
     if "adapter.type" not in fields:
-        raise AssetError(f"{path} (adapter of node {node!r}) is a GGUF, and no adapter.", again)
+        raise AdapterError(f"{path} (adapter of node {node!r}) is a GGUF, and no adapter.", again)
     made = str(fields[MASTER].contents()) if MASTER in fields else ""
     if made and digest and made != digest:
         raise VocabularyMismatch(f"The adapter of node {node!r}, {path.name}, was trained on another master than this graph has.", again)

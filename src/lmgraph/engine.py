@@ -99,8 +99,9 @@ class Engine:
         try:
             server = await asyncio.to_thread(_start, params, states)
         except Exception as error:
+            worn = f" with {', '.join(file.name for file in adapters)}" if adapters else ""
             raise EngineError(
-                f"llama.cpp cannot load {path.name}: {error}", "Is the file whole? Check it: lmgraph pull --verify"
+                f"llama.cpp cannot load {path.name}{worn}: {error}", "Is every file whole? Check the weights: lmgraph pull --verify"
             ) from error
         return cls(server, key, path, slots, context, adapters)
 

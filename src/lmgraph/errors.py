@@ -104,6 +104,10 @@ class AssetError(LmgraphError):
     code = "asset_error"
 
 
+class AdapterError(AssetError):
+    """The adapter of a node cannot be had, or is none."""
+
+
 class MasterError(LmgraphError):
     """The master cannot do its work."""
 

@@ -114,7 +114,7 @@ def master_file(name: str, cache: Path, beside: Path | None, watcher: Watcher) -
 
 
 def adapter_files(given: Graph, beside: Path | None) -> dict[str, Path]:
-    """Node -> its adapter (relative ones: beside the graph), each checked. Raises AssetError, VocabularyMismatch."""
+    """Node -> its adapter (relative ones: beside the graph), each checked. Raises AdapterError, VocabularyMismatch."""
     named = {name: Path(node.adapter).expanduser() for name, node in given.nodes.items() if node.adapter}
     if not named:
         return {}

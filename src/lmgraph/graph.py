@@ -181,8 +181,9 @@ def notes(graph: Graph) -> list[str]:
     """What is no problem, and worth knowing before a walk: dead ends, and cycles that only the limit of hops stops."""
     out: list[str] = []
     hops = max((spec.hops for _, spec in _answers(graph) if spec.mode in WALKS), default=0)
-    if not hops:
+    if not hops and not any(graph.neighbours(name) for name in graph.nodes):  # nobody walks here
         return out
+    hops = hops or graph.answer.hops
     if dead := [name for name in graph.nodes if not graph.neighbours(name)]:
         out.append(
             f"dead ends: after {', '.join(dead)} a walk is over, whatever is left to do; connect: lmgraph graph connect {dead[0]} NODE end"

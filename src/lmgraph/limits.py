@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Iterable
 from typing import TypeVar
 
@@ -36,6 +37,14 @@ class Limits:
         """The result. Raises TimeOver when the time is over before it is there; then the work is cancelled."""
         with self._patience:
             return await work
+
+    async def beside(self, work: Awaitable[Result]) -> Result:
+        """The result of what does not count against the time."""
+        began = time.monotonic()
+        try:
+            return await work
+        finally:
+            self._patience.extend(time.monotonic() - began)
 
     def end(self) -> None:
         """Stop the clock."""

@@ -54,6 +54,10 @@ class Patience:
             self._expired = True
             self._task.cancel()
 
+    def extend(self, seconds: float) -> None:
+        """Wait so much longer, in all."""
+        self._deadline += seconds
+
     def end(self) -> None:
         """Stop the timer."""
         if self._timer is not None:

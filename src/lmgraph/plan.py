@@ -49,9 +49,12 @@ def waves(steps: Sequence[Request]) -> list[list[int]]:
 
 
 def fill(text: str, answers: Mapping[int, str], limit: int) -> str:
-    """The request with earlier answers in it, `limit` characters of them in all: what was cut off, or is missing, is said."""
+    """The request with earlier answers in it, `limit` characters of them in all: what was cut off is said.
+
+    What looks like a place of another answer is text and stays as it is.
+    """
     share = limit // max(1, sum(int(number) in answers for number in PLACE.findall(text)))
-    return PLACE.sub(lambda match: cut(answers[int(match[1])], share) if int(match[1]) in answers else "(no answer)", text)
+    return PLACE.sub(lambda match: cut(answers[int(match[1])], share) if int(match[1]) in answers else match[0], text)
 
 
 def cut(text: str, limit: int) -> str:

@@ -7,15 +7,16 @@ answers run. It knows no command line and no HTTP; where files are found is `fil
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lmgraph import execute, voting, walking
+from lmgraph import ahead, execute, voting, walking
 from lmgraph.abreast import abreast
+from lmgraph.assets import digest_of
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, QueryError, RequestError, UserError, WorkerError
 from lmgraph.files import Quiet, Watcher, adapter_files, master_file, model_file, read_graph, with_profile
@@ -29,6 +30,7 @@ from lmgraph.workers.openai import OpenAIWorker
 from lmgraph.workers.scripted import ScriptedWorker
 
 MASTER_CONTEXT = 1024
+Fetched = TypeVar("Fetched")
 EARLIER = 300
 """characters of the turns before that a decision sees"""
 
@@ -40,6 +42,8 @@ class Scene:
     graph: Graph
     master: Master | None = None
     workers: dict[str, Worker] = field(default_factory=dict)
+    worn: Mapping[str, str] = field(default_factory=dict)
+    """node -> digest of the adapter that it brings, as the master has it"""
     active: int = 0
     """answers and decisions under way"""
 
@@ -96,9 +100,9 @@ class Runtime:
 
     @property
     def identity(self) -> str:
-        """What answers depend on besides the ask: graph as it runs (with the profile's models), the master's file (named by digest)."""
-        master = self._scene.master
-        return f"{self.graph!r} {master.engine.path.name if master else ''}"
+        """What answers depend on besides the ask: graph as it runs (with the profile's models), master and adapters by their digests."""
+        master, worn = self._scene.master, self._scene.worn
+        return f"{self.graph!r} {master.engine.path.name if master else ''} {dict(worn) or ''}"
 
     @property
     def loaded(self) -> bool:
@@ -113,18 +117,19 @@ class Runtime:
     async def _master_of(self, scene: Scene) -> Master:
         async with self._master_lock:
             if scene.master is None:
-                scene.master = await self._load(scene.graph)
+                scene.master, scene.worn = await self._load(scene.graph)
             return scene.master
 
-    async def _load(self, given: Graph) -> Master:
-        async with self._files_lock:
-            path, vocabulary = await asyncio.to_thread(master_file, given.master.bundle, self.settings.cache, self._folder, self._watcher)
+    async def _load(self, given: Graph) -> tuple[Master, Mapping[str, str]]:
+        """A master, and the digests of what it wears."""
+        path, vocabulary = await self._fetched(master_file, given.master.bundle)
         fits(given, vocabulary)
         worn = await asyncio.to_thread(adapter_files, given, self._folder)
+        digests = await asyncio.to_thread(_digests, worn)
         engine = await Engine.open(
             path, context=MASTER_CONTEXT, slots=self._slots, threads=self.settings.threads, adapters=sorted({*worn.values()})
         )
-        return Master(engine, vocabulary, given, worn)
+        return Master(engine, vocabulary, given, worn), digests
 
     async def replace(self, given: Graph) -> None:
         """From now on new asks get this graph (already checked as a whole); those under way end with the one they began with.
@@ -134,10 +139,12 @@ class Runtime:
         """
         given = with_profile(given, self.settings.profile)
         old = self._scene
-        master = None
+        master, worn = None, old.worn
         async with self._master_lock:
-            if _weights(given) != _weights(old.graph):
-                master = await self._load(given)
+            found = await asyncio.to_thread(adapter_files, given, self._folder)
+            learnt = old.master is not None and await asyncio.to_thread(_digests, found) != old.worn  # anew, into the same file
+            if _weights(given) != _weights(old.graph) or learnt:
+                master, worn = await self._load(given)
             elif old.master is not None:
                 master = Master(old.master.engine, old.master.vocabulary, given, old.master.adapters)
             kept = {
@@ -145,7 +152,7 @@ class Runtime:
                 for name, worker in old.workers.items()
                 if name in given.nodes and given.nodes[name].worker == old.graph.nodes[name].worker
             }
-            self._scene = Scene(given, master, kept)
+            self._scene = Scene(given, master, kept, worn)
             self._scenes.append(self._scene)
         await self._tidy()
 
@@ -213,14 +220,24 @@ class Runtime:
                 always_stream=spec.stream,
             )
         try:
-            async with self._files_lock:
-                path = await asyncio.to_thread(model_file, spec.model, self.settings.cache, self._folder, self._watcher)
+            path = await self._fetched(model_file, spec.model)
         except AssetError as error:
             raise WorkerError(f"node {node.name!r}: {error.message}", error.hint) from error
         if path not in self._shared:
             threads = self.settings.threads
             self._shared[path] = SharedEngine(lambda: Engine.open(path, context=4096, slots=1, threads=threads))
         return EmbeddedWorker(self._shared[path], spec.system, spec.temperature)
+
+    async def _fetched(self, fetch: Callable[[str, Path, Path | None, Watcher], Fetched], name: str) -> Fetched:
+        """What `fetch` makes of a name, in a thread. Who is cancelled leaves it running: the next one waits until it is done."""
+
+        async def locked() -> Fetched:
+            async with self._files_lock:
+                return await asyncio.to_thread(fetch, name, self.settings.cache, self._folder, self._watcher)
+
+        task = asyncio.ensure_future(locked())
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to be told
+        return await asyncio.shield(task)
 
     def states(self) -> dict[str, list[dict[str, object]]]:
         """Health of every node's replicas, as far as calls have shown it (nodes over the wire that were asked at least once)."""
@@ -244,9 +261,12 @@ class Runtime:
             if not ask.query.strip() and not (ask.needs and ask.node):
                 raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
             decision: Decision | None = None
-            walks = walking.may(scene.graph, ask)
+            walks = ahead.may(scene.graph, ask)
+            spec = None
             if ask.node is None:
                 decision = await _decide(await self._master_of(scene), ask, able, walks)
+                spec = ahead.spec(scene.graph, ask, decision) if walks else None
+                decision = decision if spec else ahead.alone(decision)
                 if decided:
                     decided(decision)
                 name, request = decision.node, decision.rewritten
@@ -266,10 +286,9 @@ class Runtime:
                 options=ask.options,
             )
             stream: AsyncGenerator[Delta | Step | Vote | Walk, None]
-            if decision and walks and (spec := walking.spec(scene.graph, ask, decision)):
-                master = await self._master_of(scene)
-                walk = walking.Walking(spec, scene.graph, master, ask, run, partial(_chain, scene.graph), progress, answering)
-                stream = walk.run(decision)
+            if decision and spec:
+                master, chained, ready = await self._master_of(scene), partial(_chain, scene.graph), partial(self._worker_of, scene)
+                stream = walking.Walking(spec, scene.graph, master, ask, run, chained, progress, answering, ready).run(decision)
             elif poll := voting.poll(scene.graph, ask, name, decision, able):
                 stream = voting.run(poll, chain, messages, run, whole=ask.whole, answering=answering)
             else:
@@ -305,6 +324,10 @@ def _able(given: Graph, ask: Ask) -> list[str]:
         who = f"Node {ask.node} does not accept" if able else "No node accepts"
         raise RequestError(f"{who} {' and '.join(sorted(ask.needs))}; what nodes of this graph accept: {kinds}.", param="messages")
     return able
+
+
+def _digests(worn: Mapping[str, Path]) -> dict[str, str]:
+    return {name: digest_of(path) for name, path in worn.items()}
 
 
 def _weights(given: Graph) -> tuple[str, dict[str, str]]:

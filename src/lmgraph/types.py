@@ -180,7 +180,8 @@ class Hop:
 
 @dataclass(frozen=True)
 class Walk:
-    """How a walk went. `stopped` says why it ended: end (chosen), hops, seconds, tokens, cost (a limit), loop (the same hop again)."""
+    """How a walk went. `stopped` says why it ended: end (chosen), hops, seconds, tokens, cost (a limit), loop (the same hop
+    again), master (it failed on the way)."""
 
     mode: str
     hops: tuple[Hop, ...]

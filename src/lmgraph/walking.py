@@ -3,14 +3,14 @@
 P(y|q) = prod_i P(N_i, q_i | q, trace; N^m_i) P(y_i | q_i; N_i) (Octopus v4, section 3.1): after every answer only the neighbours of the
 node that gave it, and the end, may come next. In mode `walk` the master chooses hop by hop and sees a digest of each answer; in mode
 `plan` it writes all steps first (Octo-planner) and steps that do not need one another run together. It knows the master, the order of
-steps, what becomes of failures and how it ends. How one worker is asked is execute.py's business, what a plan is plan.py's, when it is
-too much limits.py's.
+steps, what becomes of failures and how it ends. How one worker is asked is execute.py's business, what is decided before plan.py's and
+ahead.py's, when it is too much limits.py's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,39 +18,23 @@ from typing import Any
 
 from lmgraph import plan
 from lmgraph.abreast import abreast
+from lmgraph.ahead import decide_all, needs_of, repeats
 from lmgraph.errors import LmgraphError, OutsideError, WorkerError, WorkerTimeout
-from lmgraph.graph import END, WALKS, AnswerSpec, Graph, Node
+from lmgraph.graph import END, AnswerSpec, Graph, Node
 from lmgraph.limits import Limits, TimeOver
 from lmgraph.master import MORE, Master
 from lmgraph.types import Ask, Decision, Delta, Hop, Message, Passed, Progress, Step, Walk
-from lmgraph.voting import comparable
 
 Run = Callable[..., AsyncGenerator[Delta | Step, None]]
 """`execute.run` for one ask: node, chain, messages, shorten, and whole, answering where they differ"""
+CUT_OFF = " [... this answer was cut off here ...]"
+"""behind an answer that its worker did not end, for those who are told of it"""
 SHOWN, LEAST = 6000, 50
 """characters of earlier answers that a later request holds in all; and at least, where a worker's model has no room for so many"""
 COMPOSE = (
     "Several experts have each answered a part of the request below. Write the one answer to the whole request out of theirs: "
     "keep what they found, join it, and do not speak of the experts or of their answers."
 )
-
-
-def may(graph: Graph, ask: Ask) -> bool:
-    """Whether an ask may become a walk: a first turn in plain text, for no pinned node, where it or some answer of the graph says so."""
-    first = sum(message.role == "user" for message in ask.messages) == 1
-    modes = {ask.mode} if ask.mode else {graph.answer.mode, *(node.answer.mode for node in graph.nodes.values() if node.answer)}
-    return first and ask.node is None and not ask.needs and comparable(ask) and bool(modes & {*WALKS})
-
-
-def spec(graph: Graph, ask: Ask, decision: Decision) -> AnswerSpec | None:
-    """How this ask walks, None where one worker (or a vote) answers it: the node's own answer before the graph's, the ask's mode first."""
-    found = graph.nodes[decision.node].answer or graph.answer
-    found = replace(found, mode=ask.mode) if ask.mode else found
-    if found.mode not in WALKS or decision.fallback:
-        return None
-    if found.mode == "auto":
-        return replace(found, mode="walk") if (decision.more or 0.0) >= MORE else None
-    return found
 
 
 @dataclass
@@ -62,9 +46,17 @@ class _Done:
     pieces: list[Delta] = field(default_factory=list)
     error: LmgraphError | None = None
 
+    @property
+    def told(self) -> str:
+        """What others are told of the answer: whether its worker came to the end of it, too."""
+        return (self.text or "") + CUT_OFF * bool(self.pieces and self.pieces[-1].finish == "length")
+
 
 class Walking:
-    """One walk. `ask_one` asks a worker; `chain` names who takes over from a node; `told` hears of every hop as it begins and ends."""
+    """One walk. `ask_one` asks a worker; `chain` names who takes over from a node; `told` hears of every hop as it begins and ends.
+
+    `ready` makes a node's worker ready (its weights may have to be fetched): that does not count against the walk's time.
+    """
 
     def __init__(
         self,
@@ -76,9 +68,10 @@ class Walking:
         chain: Callable[[str], Sequence[Node]],
         told: Callable[[Progress], None] | None = None,
         answering: Callable[[str], None] | None = None,
+        ready: Callable[[Node], Awaitable[object]] | None = None,
     ) -> None:
         self.spec, self.graph, self.master, self.ask = spec, graph, master, ask
-        self._ask_one, self._chain, self._answering = ask_one, chain, answering
+        self._ask_one, self._chain, self._answering, self._ready = ask_one, chain, answering, ready
         self._told = told or (lambda event: None)
         self._limits = Limits(spec, graph)
         self._hops: list[Hop] = []
@@ -111,32 +104,33 @@ class Walking:
         passed: list[Passed] = []
         while not (stopped := self._spent()):
             decisions.append(decision)
-            if _repeats(decisions):
+            if repeats(decisions):
                 return "loop", None
             number = len(self._hops)
             self._hops.append(self._hop(number, decision))
             ends = decision.more is not None and decision.more < MORE
             last = "end" if ends else "hops" if number + 1 >= self.spec.hops else ""
+            await self._made_ready(number)
             if last and not self._parts(number):
                 return last, number
             await self._limits.within(self._asked(number))
             if last:
                 return last, None
             passed.append(Passed(decision.node, decision.written, self._done[number].text or "(no answer)"))
-            deciding = self.master.decide(self.ask.query, decision.node, trace=passed, rewriting=True, ahead=True)
-            decision = await self._limits.within(deciding)
+            deciding = self.master.decide(self.ask.query, decision.node, trace=passed, ahead=True)
+            try:
+                decision = await self._limits.within(deciding)
+            except LmgraphError:  # what has been answered is worth more than the error
+                return "master", None
             if decision.node == END:
                 return "end", None
         return stopped, None
 
     async def _planned(self, first: Decision) -> tuple[str, int | None]:
-        decisions = await self._limits.within(decide_all(self.master, self.ask.query, first, self.spec.hops))
-        full = len(decisions) >= self.spec.hops and (decisions[-1].more or 0.0) >= MORE
-        stopped = "loop" if _repeats(decisions) else "hops" if full else "end"
-        if stopped == "loop":
-            decisions.pop()
+        planned = await self._limits.within(decide_all(self.master, self.ask.query, first, self.spec.hops))
+        decisions, stopped = planned.decisions, planned.stopped
         for number, made in enumerate(decisions):  # without a request of its own a step goes on from all before it
-            needs = tuple(range(number)) if made.rewrite_note else plan.needs(made.rewritten)
+            needs = tuple(range(number)) if made.rewrite_note else needs_of(made, number)
             self._hops.append(Hop(made.node, made.rewritten, needs, made.probability))
         self._told(Progress("plan", hops=tuple(self._hops)))
         waves = plan.waves([plan.Request(hop.node, hop.request, hop.needs) for hop in self._hops])
@@ -145,6 +139,7 @@ class Walking:
                 return spent, None
             for number in wave:
                 self._hops[number] = self._hop(number, decisions[number])
+                await self._made_ready(number)
             if wave is waves[-1] and len(wave) == 1 and not self._parts(wave[0]):
                 return stopped, wave[0]
             await self._limits.within(abreast(self._asked, wave, len(wave)))
@@ -152,11 +147,12 @@ class Walking:
 
     def _hop(self, number: int, decision: Decision) -> Hop:
         """The hop with its request, earlier answers in it. Raises the error of a hop whose answer it needs."""
-        answers = {earlier: done.text for earlier, done in self._done.items() if done.text is not None and earlier < number}
+        answers = {earlier: done.told for earlier, done in self._done.items() if done.text is not None and earlier < number}
         if decision.rewrite_note:  # the guard objected, or no request was written: the whole query, and what is known so far
             needs, write = tuple(sorted(answers)), partial(self._whole_query, answers)
         else:
-            needs, write = plan.needs(decision.rewritten), partial(plan.fill, decision.rewritten, answers)
+            needs = needs_of(decision, number)
+            write = partial(plan.fill, decision.rewritten, {need: answers[need] for need in needs if need in answers})
         if lacking := [need for need in needs if need not in answers]:
             raise self._failure(f"step {number + 1} ({decision.node}) needs it", self._done[lacking[0]].error)
         self._drafts[number] = write, SHOWN
@@ -173,10 +169,20 @@ class Walking:
 
     # -- one hop ------------------------------------------------------------------------------------------------------------------
 
+    async def _made_ready(self, number: int) -> None:
+        """What keeps its worker from being ready comes up again when it is asked."""
+        if self._ready:
+            with suppress(OutsideError):
+                await self._limits.beside(self._ready(self.graph.nodes[self._hops[number].node]))
+
     async def _asked(self, number: int) -> None:
-        """Ask the worker of a hop and wait for its whole answer; a failure is kept, not raised."""
+        """Ask the worker of a hop and wait for its whole answer; a failure is kept, not raised.
+
+        What the client says of the length of its answer does not hold for a step on the way.
+        """
+        options = {name: value for name, value in self.ask.options.items() if name != "stop"}
         with suppress(OutsideError):
-            async with aclosing(self._pieces(number, whole=True)) as pieces:
+            async with aclosing(self._pieces(number, whole=True, hidden=True, max_tokens=None, options=options)) as pieces:
                 async for _ in pieces:
                     pass
 
@@ -280,7 +286,7 @@ class Walking:
     def _brief(self, parts: Sequence[int], limit: int) -> str:
         """What the worker that composes is asked."""
         share = limit // len(parts)
-        told = "\n\n".join(f"{self._hops[number].node}:\n{plan.cut(self._done[number].text or '', share)}" for number in parts)
+        told = "\n\n".join(f"{self._hops[number].node}:\n{plan.cut(self._done[number].told, share)}" for number in parts)
         return f"{COMPOSE}\n\nRequest:\n{self.ask.query}\n\n{told}"
 
     def _given(self, stopped: str) -> Iterator[Delta | Step | Walk]:
@@ -324,23 +330,3 @@ class Walking:
                 for kind, count in step.usage.items():
                     total[kind] = total.get(kind, 0) + count
         return total
-
-
-async def decide_all(master: Master, query: str, first: Decision, most: int) -> list[Decision]:
-    """A plan: the decisions for every step from `first` (made with `ahead`) to the end or to `most` of them, before any is answered.
-
-    A step that is asked what it was asked before ends it, too, and is the last.
-    """
-    decisions = [first]
-    while len(decisions) < most and (decisions[-1].more is None or decisions[-1].more >= MORE) and not _repeats(decisions):
-        passed = [Passed(made.node, made.written) for made in decisions]
-        made = await master.decide(query, decisions[-1].node, trace=passed, rewriting=True, ahead=True)
-        if made.node == END:
-            break
-        decisions.append(made)
-    return decisions
-
-
-def _repeats(decisions: Sequence[Decision]) -> bool:
-    """Whether the last decision asks the same node the same thing as an earlier one."""
-    return (decisions[-1].node, decisions[-1].rewritten) in {(made.node, made.rewritten) for made in decisions[:-1]}

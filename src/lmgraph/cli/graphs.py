@@ -16,7 +16,7 @@ from lmgraph.cli import settings
 from lmgraph.cli.assigning import assign
 from lmgraph.cli.run import GRAPH, JSON
 from lmgraph.errors import LmgraphError, UserError
-from lmgraph.graph import END, START, notes
+from lmgraph.graph import END, START, WALKS, notes
 
 EDITED = click.option(
     "--graph",
@@ -83,7 +83,7 @@ def show(path: Path | None, svg: Path | None, as_json: bool) -> None:
 def check(path: Path | None, as_json: bool) -> None:
     """Check the graph as a whole, and whether its master knows every node. Every problem is reported at once."""
     from lmgraph import bundles
-    from lmgraph.files import Quiet, model_file, read_graph
+    from lmgraph.files import Quiet, adapter_files, model_file, read_graph
     from lmgraph.master import fits
 
     try:
@@ -93,6 +93,7 @@ def check(path: Path | None, as_json: bool) -> None:
             fits(given, bundles.vocabulary_of(model_file(name, settings().cache, folder, Quiet())))
         else:
             fits(given, bundles.read(name, folder).vocabulary)
+        adapter_files(given, folder)
     except LmgraphError as error:
         if as_json:
             print(json.dumps({"ok": False, "problems": list(getattr(error, "problems", ())) or [error.message]}))
@@ -154,6 +155,8 @@ def add(
         start = data["edges"].setdefault(START, [])
         if "*" not in start:
             start.append(name)
+        if given.answer.mode in WALKS:
+            data["edges"][name] = ["*", END]
 
     if examples:
         from lmgraph.cli.training import fit_node

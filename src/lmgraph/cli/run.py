@@ -258,7 +258,7 @@ def chat(path: Path | None, profile: str | None, node: str | None) -> None:
 
 
 async def _chat(path: Path | None, profile: str | None, node: str | None) -> None:
-    from lmgraph.cli.show import Bars, console, decision_lines, out
+    from lmgraph.cli.show import Bars, Steps, console, decision_lines, out, walk_line
     from lmgraph.errors import LmgraphError
     from lmgraph.runtime import Runtime
     from lmgraph.types import Ask, Decision, Message
@@ -290,17 +290,22 @@ async def _chat(path: Path | None, profile: str | None, node: str | None) -> Non
                     continue
                 if not line:
                     continue
-                answer = ""
+                answer, steps = "", Steps()
                 try:
-                    async for delta in runtime.answer(Ask((*messages, Message("user", line)), node, stay=stay), decided):
+                    async for delta in runtime.answer(Ask((*messages, Message("user", line)), node, stay=stay), decided, progress=steps):
                         answer += delta.text
                         stay = _home(delta.trace) if delta.trace else stay
                         bars.stop()
+                        steps.stop()
                         out(delta.text)
+                        if delta.trace and delta.trace.walk and (why := walk_line(delta.trace.walk)):
+                            console.print(f"\n({why})", style="yellow", markup=False)
                     out("\n")
                     messages += [Message("user", line), Message("assistant", answer)]
                 except LmgraphError as error:
                     console.print(f"Error: {error}", style="red", markup=False)
+                finally:
+                    steps.stop()
 
 
 def _home(trace: Trace) -> str:

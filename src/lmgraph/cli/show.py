@@ -169,6 +169,7 @@ def walk_line(walk: Walk) -> str:
         "seconds": "its time is over (answer: seconds): the best answer so far",
         "tokens": "the limit of tokens is reached (answer: tokens): the best answer so far",
         "cost": "the limit of cost is reached (answer: cost): the best answer so far",
+        "master": "the master failed on the way: the best answer so far",
         "loop": "the master chose the same step again: the best answer so far",
     }
     return reasons.get(walk.stopped, "")

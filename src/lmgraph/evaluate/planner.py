@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from lmgraph import plan, prompts, walking
+from lmgraph import ahead, prompts
 from lmgraph.assets import digest_of
 from lmgraph.engine import Engine
 from lmgraph.errors import EngineError
 from lmgraph.evaluate.journal import key_of
 from lmgraph.evaluate.listing import QUERY_LIMIT, around
 from lmgraph.graph import START, Graph
-from lmgraph.master import MORE, Master
+from lmgraph.master import Master
 from lmgraph.plan import Request
 from lmgraph.rewrite import PLACE
 from lmgraph.train.tasks import Task
@@ -80,23 +80,18 @@ class Served:
     async def begin(self) -> None:
         """Name weights, tokens, edges and thresholds: what the choice depends on."""
         given = self._master.graph
-        nodes = [[name, node.token, node.threshold] for name, node in given.nodes.items()]
+        nodes = [[name, node.token, node.threshold, node.rewrite] for name, node in given.nodes.items()]
         spec = {name: value for name, value in asdict(given.master).items() if name != "bundle"}  # a path; the digest says what is in it
-        self.identity = key_of(digest_of(self._master.engine.path), nodes, _edges(given), spec, self._most)
+        worn = {name: digest_of(path) for name, path in self._master.adapters.items()}
+        self.identity = key_of(digest_of(self._master.engine.path), nodes, _edges(given), spec, self._most, *([worn] if worn else []))
 
     async def plan(self, query: str) -> Planned:
         """The plan, or the one step of the fallback where the master is not sure enough."""
-        first = await self._master.decide(query, rewriting=True, ahead=True)
-        made = [first] if first.fallback else await walking.decide_all(self._master, query, first, self._most)
-        ended = (
-            not first.fallback and len(made) < self._most and (made[-1].more or 0.0) >= MORE
-        )  # the end was chosen by a decision of its own
-        steps = [
-            # where the guard objected, the text is the query itself: what looks like a need in it is none
-            Request(d.node, d.rewritten, () if d.rewrite_note else tuple(need for need in plan.needs(d.rewritten) if need < number))
-            for number, d in enumerate(made)
-        ]
-        return Planned(tuple(steps), len(made) + ended)
+        first = await self._master.decide(query, ahead=True)
+        alone = ahead.Planned((first,), "end", 1)
+        made = alone if first.fallback else await ahead.decide_all(self._master, query, first, self._most)
+        steps = [Request(d.node, d.rewritten, ahead.needs_of(d, number)) for number, d in enumerate(made.decisions)]
+        return Planned(tuple(steps), made.asked)
 
     async def close(self) -> None:
         """Unload the model."""

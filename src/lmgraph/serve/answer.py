@@ -170,8 +170,8 @@ class Answering:
         walk = last.trace.walk if last.trace else None
         self.metrics.loads[self.node].answers += walk is None  # the hops of a walk are counted
         self.metrics.answers[self.node,] += 1
-        late = walk is not None and walk.stopped == "seconds"  # with more time there would be another answer
-        if self.flight and not self.kept and plain and not late and last.finish in ("stop", "length"):
+        worse = walk is not None and (walk.stopped in ("seconds", "master") or any(step.error for step in self.steps))
+        if self.flight and not self.kept and plain and not worse and last.finish in ("stop", "length"):
             self.flight.land(Kept(self.node, text, last.finish, dict(last.usage), self.probability, trace))
         if self.memory:
             decided = (trace.get("decision") or {}).get("node") or self.talk.ask.node

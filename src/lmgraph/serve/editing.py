@@ -14,7 +14,7 @@ from typing import Any
 
 from lmgraph import graphedit, graphfile
 from lmgraph.assets import atomic
-from lmgraph.errors import GraphError, RequestError, VocabularyMismatch
+from lmgraph.errors import AdapterError, GraphError, RequestError, VocabularyMismatch
 from lmgraph.files import builtin_graph
 from lmgraph.runtime import Runtime
 
@@ -83,7 +83,7 @@ class Editor:
         old = graphfile.loads(self._text)
         try:
             await self._runtime.replace(graphfile.loads(text))
-        except VocabularyMismatch as error:
+        except (VocabularyMismatch, AdapterError) as error:
             raise RequestError(error.message, error.hint, code=error.code, status=409) from error
         try:
             if self._path:

@@ -118,7 +118,7 @@ def answered() -> dict[str, Schema]:
     )
     vote = record(votes=array(record(node=TEXT, key=or_null(TEXT), weight=NUMBER)), winner=TEXT, share=SHARE, judge=TEXT)
     hop = record(**asked, needs=array(WHOLE), probability=SHARE)
-    stopped = {"enum": ["end", "hops", "seconds", "tokens", "cost", "loop"]}
+    stopped = {"enum": ["end", "hops", "seconds", "tokens", "cost", "loop", "master"]}
     walk = record(mode={"enum": ["walk", "plan"]}, stopped=stopped, compose=TEXT, hops=array(hop))
     traced = record({"decision": or_null(ref("Decision")), "steps": array(step), "vote": vote, "walk": walk, "cache": FLAG})
     decision: dict[str, Schema] = {

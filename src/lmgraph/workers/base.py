@@ -9,7 +9,10 @@ from lmgraph.types import Delta, Message
 
 
 class Worker(Protocol):
-    """Answers conversations. Leaving the stream early stops the work behind it."""
+    """Answers conversations. Leaving the stream early stops the work behind it.
+
+    A worker that answers one ask at a time also has `turn()`, what is to be held (`async with`) while it does.
+    """
 
     def stream(
         self,

@@ -27,6 +27,8 @@ class SharedEngine:
         self._load = load
         self._lock = asyncio.Lock()
         self._engine: Engine | None = None
+        self.turn = asyncio.Lock()
+        """who answers with it: one at a time"""
 
     async def get(self) -> Engine:
         """The engine, loaded once however many ask at the same time."""
@@ -80,6 +82,10 @@ class EmbeddedWorker:
             finally:
                 await stream.aclose()
         yield Delta(done=True, finish=finish, usage={"prompt_tokens": len(ids), "completion_tokens": used})
+
+    def turn(self) -> asyncio.Lock:
+        """To be held while this worker answers: waiting for those before it is not its silence."""
+        return self._shared.turn
 
     async def engine(self) -> Engine:
         """The model itself, loaded on first use: for what is no conversation."""

@@ -159,7 +159,7 @@ export class Turn {
     const together = Math.max(0, ...steps.filter((step) => step.voter).map((step) => step.ms)); // voters begin together
     const ms = steps.reduce((sum, step) => sum + (step.voter ? 0 : step.ms), together);
     this.route.append(make("span", { class: "quiet" }, walk ? plural(walk.hops.length, "step") : duration(ms))); // a plan's run side by side
-    if (walk && walk.stopped !== "end") this.route.append(make("span", { class: "quiet" }, walk.stopped === "loop" ? "went round" : `limit of ${walk.stopped} reached`));
+    if (walk && walk.stopped !== "end") this.route.append(make("span", { class: "quiet" }, { loop: "went round", master: "the master failed" }[walk.stopped] ?? `limit of ${walk.stopped} reached`));
     if (last.usage?.completion_tokens !== undefined) this.route.append(make("span", { class: "quiet" }, plural(last.usage.completion_tokens, "token")));
   }
 

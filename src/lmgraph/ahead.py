@@ -1,0 +1,78 @@
+"""What is decided ahead of a walk: whether an ask walks at all, and in mode `plan` every step before the first worker is asked.
+
+It knows the master and the graph's word on how to answer. It asks no worker: that is walking.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lmgraph import plan, rewrite
+from lmgraph.graph import END, WALKS, AnswerSpec, Graph
+from lmgraph.master import MORE, Master
+from lmgraph.types import Ask, Decision, Passed
+from lmgraph.voting import comparable
+
+
+def may(graph: Graph, ask: Ask) -> bool:
+    """Whether an ask may become a walk: a first turn in plain text, for no pinned node, where it or some answer of the graph says so."""
+    first = sum(message.role == "user" for message in ask.messages) == 1
+    modes = {ask.mode} if ask.mode else {graph.answer.mode, *(node.answer.mode for node in graph.nodes.values() if node.answer)}
+    return first and ask.node is None and not ask.needs and comparable(ask) and bool(modes & {*WALKS})
+
+
+def spec(graph: Graph, ask: Ask, decision: Decision) -> AnswerSpec | None:
+    """How this ask walks, None where one worker (or a vote) answers it: the node's own answer before the graph's, the ask's mode first."""
+    own = graph.nodes[decision.node].answer
+    found = graph.answer if own is None or (ask.mode in WALKS and own.mode not in WALKS) else own
+    found = replace(found, mode=ask.mode) if ask.mode else found
+    if found.mode not in WALKS or found.hops == 1 or decision.fallback:
+        return None
+    if found.mode == "auto":
+        return replace(found, mode="walk") if (decision.more or 0.0) >= MORE else None
+    return found
+
+
+def alone(decision: Decision) -> Decision:
+    """The decision where one worker answers it all: a request that is only the first step of several gives way to the query itself."""
+    complaint = rewrite.check(decision.query, decision.rewritten) if (decision.more or 0.0) >= MORE and not decision.rewrite_note else ""
+    return replace(decision, rewritten=decision.query, rewrite_note=complaint) if complaint else decision
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The decisions of a plan, why it ended (end, hops, loop), and how often the master was asked for a step or the end."""
+
+    decisions: tuple[Decision, ...]
+    stopped: str
+    asked: int
+
+
+async def decide_all(master: Master, query: str, first: Decision, most: int) -> Planned:
+    """A plan: the decisions for every step from `first` (made with `ahead`) to the end or to `most` of them, before any is answered.
+
+    A step that is asked what it was asked before ends it, too, and is no part of it.
+    """
+    decisions = [first]
+    while decisions[-1].more is None or decisions[-1].more >= MORE:
+        if len(decisions) >= most:
+            return Planned(tuple(decisions), "hops", len(decisions))
+        passed = [Passed(made.node, made.written) for made in decisions]
+        made = await master.decide(query, decisions[-1].node, trace=passed, ahead=True)
+        if made.node == END:
+            return Planned(tuple(decisions), "end", len(decisions) + 1)
+        if repeats([*decisions, made]):
+            return Planned(tuple(decisions), "loop", len(decisions) + 1)
+        decisions.append(made)
+    return Planned(tuple(decisions), "end", len(decisions))
+
+
+def needs_of(decision: Decision, number: int) -> tuple[int, ...]:
+    """Which answers step `number` needs by its own words. What looks like a need in a user's words (the first request) is none."""
+    return () if decision.rewrite_note else tuple(need for need in plan.needs(decision.rewritten) if need < number)
+
+
+def repeats(decisions: Sequence[Decision]) -> bool:
+    """Whether the last decision asks the same node the same thing as an earlier one."""
+    return (decisions[-1].node, decisions[-1].rewritten) in {(made.node, made.rewritten) for made in decisions[:-1]}
