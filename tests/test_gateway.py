@@ -264,6 +264,8 @@ def test_the_graph_is_edited_whole_or_in_part_and_the_file_keeps_its_comments(ho
     assert late.status_code == 412 and late.json()["error"]["code"] == "version_conflict"
     stranger = house.admin.patch("/v1/graph", json={"nodes": {"new": node}})
     assert stranger.status_code == 409 and stranger.json()["error"]["code"] == "vocabulary_mismatch" and "train heads" in stranger.json()["error"]["message"]
+    bare = house.admin.patch("/v1/graph", json={"nodes": {"math": {"adapter": "none.gguf"}}})
+    assert bare.status_code == 409 and bare.json()["error"]["code"] == "adapter_error" and house.http.get("/readyz").status_code == 200
     assert house.admin.post("/v1/graph/undo").json()["version"] == version
     assert house.chat("x", model="lmgraph/law").status_code == 200
     graph["nodes"]["math"]["worker"]["answers"] = {"*": "other words"}

@@ -467,14 +467,16 @@ def test_what_was_told_before_the_first_piece_is_sent_before_it_even_where_all_c
     assert len(desk.sent) == len(marks) and all(mark in piece for mark, piece in zip(marks, desk.sent))
 
 
-@pytest.mark.parametrize(("stopped", "kept"), [("end", True), ("hops", True), ("seconds", False)])
-def test_an_answer_for_which_there_was_no_time_is_not_kept(stopped: str, kept: bool) -> None:
+@pytest.mark.parametrize(("stopped", "error", "kept"), [
+    ("end", "", True), ("hops", "", True), ("seconds", "", False), ("master", "", False), ("end", "the worker was down", False),
+])
+def test_an_answer_that_another_time_would_be_better_is_not_kept(stopped: str, error: str, kept: bool) -> None:
     flight = Flight(None)
 
     async def play(decided: Any, answering: Any, progress: Any) -> AsyncIterator[Delta]:
         decided(FIRST)
         yield Delta("a")
-        yield Delta(done=True, finish="stop", trace=Trace(FIRST, (), walk=Walk("walk", (), stopped)))
+        yield Delta(done=True, finish="stop", trace=Trace(FIRST, (Step("law", "q", "a", 1.0, error=error),), walk=Walk("walk", (), stopped)))
 
     asyncio.run(Desk(flight).run(play))
     assert (flight.landed is not None) == kept

@@ -402,6 +402,35 @@ def test_an_adapter_is_refused_where_it_does_not_belong(taught: Path, adapted: P
     adapters.check(adapted, bundles.read(str(taught)).digest, "math")
 
 
+def test_an_adapter_that_was_learnt_anew_is_put_on_and_other_answers_are_kept_for_it(taught: Path, adapted: Path, tmp_path: Path) -> None:
+    import gguf
+
+    worn = tmp_path / "adapter.gguf"
+    worn.write_bytes(adapted.read_bytes())
+    text = toy_graph(taught / "master.gguf", "{kind: scripted, answers: {'*': 'fine'}}").replace("math: {token", f"math: {{adapter: {worn}, token")
+    given = graphfile.loads(text.replace("edges: {start: ['*']}", "edges: {start: [math], math: ['*', end], law: [end], health: [end]}"))
+    query = next(query for query, node in taught_queries() if node == "math")
+
+    async def work() -> None:
+        async with Runtime.open(environment.read(), given=given) as opened:
+            async def nodes() -> list[str]:
+                found = await runtime.fold(opened.answer(Ask((Message("user", query),), mode="walk")))
+                return [hop.node for hop in found.trace.walk.hops] if found.trace.walk else []
+
+            assert (await nodes())[:2] == ["math", "law"]
+            before = opened.identity
+            await opened.replace(given)
+            assert opened.identity == before
+            found = gguf.GGUFReader(worn, "r+")
+            for tensor in found.tensors:
+                tensor.data[...] = 0
+            del found
+            await opened.replace(given)
+            assert opened.identity != before and (await nodes())[:2] != ["math", "law"], "an adapter of zeros changes nothing"
+
+    asyncio.run(work())
+
+
 def test_tasks_of_unknown_nodes_and_files_of_no_tasks_are_refused_before_training(toy_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="training is an extra")

@@ -44,7 +44,12 @@ HERE = Path(__file__).parent
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 MODES, CONNECTIONS = ("plain", "stream"), (1, 16, 64)
 START_S = 120.0
-MUSTS = {("lmgraph", "bare"): ("rps", 0.6), ("lmgraph", "litellm"): ("rps", 40.0), ("whole", "bare"): ("rps", 0.6), ("kept", "bare"): ("rps", 0.6)}
+MUSTS = {
+    ("lmgraph", "bare"): ("rps", 0.6),
+    ("lmgraph", "litellm"): ("rps", 40.0),
+    ("whole", "bare"): ("rps", 0.6),
+    ("kept", "bare"): ("rps", 0.6),
+}
 """(server, measured against) -> least ratio of answers a second"""
 P99 = 2.0
 """largest ratio to the bare one's p99"""
@@ -120,7 +125,13 @@ def start_lmgraph(upstream: str, folder: Path, plain: bool, stack: ExitStack) ->
     own, key, guarded = [sys.executable, "-m", "lmgraph"], "", []
     if not plain:
         store = ["--store", "sqlite:///bench.db"]
-        made = subprocess.run([*own, "keys", "create", "bench", "--json", "--rate", "1e9", "--concurrent", "100000", *store], cwd=folder, check=True, capture_output=True, text=True)
+        made = subprocess.run(
+            [*own, "keys", "create", "bench", "--json", "--rate", "1e9", "--concurrent", "100000", *store],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         key, guarded = json.loads(made.stdout)["secret"], ["--require-keys", *store]
     cache = {} if "LMGRAPH_CACHE" in os.environ else {"LMGRAPH_CACHE": str(folder / "cache")}
     command = [*own, "serve", "graph.yaml", "--port", "0", *guarded]

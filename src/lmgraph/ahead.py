@@ -69,8 +69,11 @@ async def decide_all(master: Master, query: str, first: Decision, most: int) -> 
 
 
 def needs_of(decision: Decision, number: int) -> tuple[int, ...]:
-    """Which answers step `number` needs by its own words. What looks like a need in a user's words (the first request) is none."""
-    return () if decision.rewrite_note else tuple(need for need in plan.needs(decision.rewritten) if need < number)
+    """Which answers step `number` needs: by its own words, or without a request of its own all before it.
+
+    What looks like a place in a user's words (the first request) is none.
+    """
+    return tuple(range(number)) if decision.rewrite_note else tuple(need for need in plan.needs(decision.rewritten) if need < number)
 
 
 def repeats(decisions: Sequence[Decision]) -> bool:

@@ -9,6 +9,7 @@
     │   ├── RequestError     a request over the wire that a door does not accept
     │   └── MissingExtra     an optional dependency is not installed
     ├── AssetError           weights: not found, wrong digest, no space, no source answered
+    │   └── AdapterError     a node's adapter: not found, or none
     ├── MasterError          the master's fault
     │   ├── VocabularyMismatch   the bundle and the graph (or the weights) do not belong together
     │   └── NoDecision           the master gave nothing that can be read as a decision
@@ -106,6 +107,8 @@ class AssetError(LmgraphError):
 
 class AdapterError(AssetError):
     """The adapter of a node cannot be had, or is none."""
+
+    code = "adapter_error"
 
 
 class MasterError(LmgraphError):

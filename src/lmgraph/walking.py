@@ -129,9 +129,7 @@ class Walking:
     async def _planned(self, first: Decision) -> tuple[str, int | None]:
         planned = await self._limits.within(decide_all(self.master, self.ask.query, first, self.spec.hops))
         decisions, stopped = planned.decisions, planned.stopped
-        for number, made in enumerate(decisions):  # without a request of its own a step goes on from all before it
-            needs = tuple(range(number)) if made.rewrite_note else needs_of(made, number)
-            self._hops.append(Hop(made.node, made.rewritten, needs, made.probability))
+        self._hops = [Hop(made.node, made.rewritten, needs_of(made, number), made.probability) for number, made in enumerate(decisions)]
         self._told(Progress("plan", hops=tuple(self._hops)))
         waves = plan.waves([plan.Request(hop.node, hop.request, hop.needs) for hop in self._hops])
         for wave in waves:
