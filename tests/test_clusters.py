@@ -22,7 +22,7 @@ from lmgraph import cli, graphfile
 from lmgraph.assets import CATALOGUE
 from lmgraph.cli import clusters
 from lmgraph.errors import DataError, UserError
-from lmgraph.kubernetes import memory, names, plan, reading, render
+from lmgraph.kubernetes import memory, names, plan, reading, render, serving
 from lmgraph.kubernetes.engines import ENGINES, LLAMACPP
 from lmgraph.kubernetes.values import Values, Worker
 
@@ -260,6 +260,22 @@ def test_workers_that_do_not_fit_the_graph_are_refused(workers: str, words: str)
 def test_what_runs_on_a_laptop_only_is_refused_with_what_to_do(worker: str, words: str) -> None:
     values = "files: {claim: c}" if words.startswith(("/", "does")) else ""
     assert any(words in problem for problem in problems(graph(a=worker), values)), problems(graph(a=worker), values)
+
+
+def test_quantities_that_are_not_said_stay_as_they_are() -> None:
+    found = reading.read("gateway: {resources: {limits: {memory: 4Gi}}}").values.gateway.resources
+    assert found.limits == {"cpu": "2", "memory": "4Gi"} and found.requests == Values().gateway.resources.requests
+    (server,) = render.files(made(SMALL, "workers: {w: {engine: llamacpp, base: smollm2-135m, resources: {limits: {cpu: 8}}}}"))["worker-w.yaml"][0]["spec"]["template"]["spec"]["containers"]
+    assert server["resources"] == {"requests": dict(LLAMACPP.requests), "limits": {**LLAMACPP.limits, "cpu": "8"}}
+
+
+def test_the_features_that_knative_must_have_are_those_that_the_pods_use() -> None:
+    values = "serving: knative\nworkers: {w: {engine: llamacpp, base: smollm2-135m, CACHE node_selector: {a: b}}}"
+    (plain,), (kept,) = (made(SMALL, values.replace("CACHE", cache)).workers for cache in ("", "cache: {access: ReadWriteMany},"))
+    usual = ["fieldref", "init-containers", "nodeselector", "securitycontext"]
+    assert serving.features(Values(), plain) == [f"kubernetes.podspec-{feature}" for feature in usual]
+    assert serving.features(Values(), kept) == sorted(f"kubernetes.podspec-{feature}" for feature in [*usual, "persistent-volume-claim", "persistent-volume-write"])
+    assert serving.features(Values(), made(SMALL).workers[0]) == []
 
 
 def test_a_licence_is_accepted_by_the_operator_and_passed_on() -> None:

@@ -49,7 +49,7 @@ def render(path: Path | None, given: Path | None, out: Path | None, as_json: boo
     """
     from lmgraph.bundles import builtin
     from lmgraph.files import read_graph
-    from lmgraph.kubernetes import plan, reading
+    from lmgraph.kubernetes import plan, reading, serving
     from lmgraph.kubernetes import render as rendering
 
     if out and as_json:
@@ -57,7 +57,8 @@ def render(path: Path | None, given: Path | None, out: Path | None, as_json: boo
     graph, beside = read_graph(path or settings().graph)
     draft = reading.read(_text(given) if given else "", given.name if given else "values.yaml")
     known = plan.Known(frozenset(builtin()), bases(draft.values, beside))
-    made = rendering.files(plan.make(graph, draft, known))
+    planned = plan.make(graph, draft, known)
+    made = rendering.files(planned)
     if out:
         written = rendering.folder(made)
         write(out, written, rendering.MARK)
@@ -67,6 +68,8 @@ def render(path: Path | None, given: Path | None, out: Path | None, as_json: boo
     namespace = draft.values.namespace
     needed = ", ".join(f"{secret} ({', '.join(sorted(keys))})" for secret, keys in sorted(secrets(list(made.values())).items()))
     click.echo(f"Needed in the namespace {namespace} beforehand: " + (f"the Secrets {needed}." if needed else "nothing."), err=True)
+    if features := sorted({feature for worker in planned.workers for feature in serving.features(draft.values, worker)}):
+        click.echo(f"Needed in Knative's ConfigMap config-features, enabled: {', '.join(features)}.", err=True)
 
 
 def defaults() -> str:

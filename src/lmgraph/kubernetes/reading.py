@@ -71,7 +71,7 @@ def _build(reader: Reader, kind: type[T], data: Any, path: Path, given: T | None
         if is_dataclass(default):
             out[name] = _build(reader, type(default), value, here, default)
         elif isinstance(default, Mapping):
-            out[name] = _mapping(reader, value, here, specs[name].metadata)
+            out[name] = {**default, **_mapping(reader, value, here, specs[name].metadata)}
         elif isinstance(default, tuple):
             out[name] = _list(reader, value, here, name)
         else:

@@ -7,21 +7,22 @@ only with FEATURES switched on.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lmgraph.kubernetes import pods, workers
 from lmgraph.kubernetes.plan import Deployment
 from lmgraph.kubernetes.pods import Object
 from lmgraph.kubernetes.values import Values
 
-FEATURES = (
-    "kubernetes.podspec-fieldref",
-    "kubernetes.podspec-init-containers",
-    "kubernetes.podspec-nodeselector",
-    "kubernetes.podspec-persistent-volume-claim",
-    "kubernetes.podspec-persistent-volume-write",
-    "kubernetes.podspec-securitycontext",
-    "kubernetes.podspec-tolerations",
-)
-"""of Knative's ConfigMap config-features: what our pods may need"""
+FEATURES = {
+    "initContainers": "init-containers",
+    "nodeSelector": "nodeselector",
+    "persistentVolumeClaim": "persistent-volume-claim",
+    "resourceFieldRef": "fieldref",
+    "securityContext": "securitycontext",
+    "tolerations": "tolerations",
+}
+"""field of a pod -> the feature (kubernetes.podspec-...) of Knative's ConfigMap config-features that must be enabled for it"""
 LONGEST_S = 600
 """Knative's own limit of a request, unless its config-defaults say otherwise"""
 
@@ -56,6 +57,22 @@ def inference(values: Values, worker: Deployment) -> list[Object]:
         pods.service(values, worker.name, "worker", worker.engine.port),
         *([pods.disruption(values, worker.name, "worker")] if replicas.max > 1 else []),
     ]
+
+
+def features(values: Values, worker: Deployment) -> list[str]:
+    """What must be enabled in Knative's ConfigMap config-features for a worker's pods; [] where Knative does not run them."""
+    if worker.spec.serving != "knative":
+        return []
+    said = _fields(workers.pod(values, worker))
+    written = {"persistent-volume-write"} if worker.spec.cache.claim or worker.spec.cache.access else set()
+    return sorted(f"kubernetes.podspec-{feature}" for feature in {FEATURES[field] for field in said & FEATURES.keys()} | written)
+
+
+def _fields(found: Any) -> set[str]:
+    """The names of all fields below."""
+    if isinstance(found, list):
+        return set().union(*map(_fields, found))
+    return set(found).union(*map(_fields, found.values())) if isinstance(found, dict) else set()
 
 
 def knative(values: Values, worker: Deployment) -> list[Object]:
