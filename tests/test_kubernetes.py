@@ -372,7 +372,7 @@ def test_the_gateways_command_line_is_one_that_lmgraph_takes(name: str) -> None:
     for command, *arguments in lines:
         found = cli.lmgraph.get_command(click.Context(cli.lmgraph), command)
         assert found is not None
-        with found.make_context(command, list(arguments)) as context:
+        with found.make_context(command, list(arguments), help_option_names=["-h", "--help"]) as context:
             assert context.params
     assert [line[0] for line in lines if line[0] == "serve"] == ["serve"]
 
