@@ -16,6 +16,7 @@
     └── OutsideError         somebody else's fault
         ├── EngineError      llama.cpp refused or failed
         ├── WorkerError      a worker answered with an error or could not be reached
+        │   └── WorkerStarting   a worker that is at zero replicas did not come in time
         ├── WorkerTimeout    a worker did not answer in time
         └── StoreError       the store (SQLite, Redis) failed or holds what lmgraph cannot use
 
@@ -149,6 +150,14 @@ class WorkerError(OutsideError):
     """A worker could not be reached or answered with an error."""
 
     code = "worker_error"
+
+
+class WorkerStarting(WorkerError):
+    """A worker's server was not there and did not come within its `start_timeout_s`; the same request may do better a little later."""
+
+    code = "worker_starting"
+    retry_after_s = 30.0
+    """seconds: how long a server with its weights at hand takes to start"""
 
 
 class WorkerTimeout(OutsideError):

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerTimeout
+from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerStarting, WorkerTimeout
 from lmgraph.graph import Node
 from lmgraph.patience import Patience
 from lmgraph.types import Delta, Message, Step
@@ -61,7 +61,7 @@ async def run(
                 limit = max_tokens or candidate.worker.max_tokens
                 async with getattr(worker, "turn", nullcontext)():
                     stream = worker.stream(given, max_tokens=limit, temperature=temperature, options=options, whole=whole)
-                    seconds = candidate.worker.timeout_s
+                    seconds = candidate.worker.timeout_s + candidate.worker.start_timeout_s
                     patience = Patience(seconds, partial(WorkerTimeout, f"No answer within {seconds:g} s."))
                     try:
                         while True:
@@ -102,7 +102,7 @@ async def run(
                     given, request = shorter, shorter[-1].content
                     continue
                 refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in (408, 429)
-                if attempt == attempts or refused or isinstance(error, (WorkerTimeout, EngineError)):
+                if attempt == attempts or refused or isinstance(error, (WorkerTimeout, WorkerStarting, EngineError)):
                     steps.append(Step(candidate.name, request, "".join(text), took, first, attempt, error.message))
                     yield steps[-1]
                     break

@@ -35,6 +35,8 @@ class WorkerSpec:
     stream: bool = True
     """`openai` only: False asks for a whole answer whenever the client wants it whole; it must then be there within `timeout_s`"""
     timeout_s: float = 120.0
+    start_timeout_s: float = 0.0
+    """`openai` only: how long a server that takes no connection (a worker at zero replicas that is being started) is tried again"""
     retries: int = 1
     max_tokens: int = 512
     temperature: float | None = None

@@ -6,7 +6,7 @@ graph.py's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -67,7 +67,12 @@ _Dumper.add_representer(str, _text)
 
 def dumps(graph: Graph) -> str:
     """The YAML text of a graph; `loads(dumps(g)) == g`."""
-    return yaml.dump(to_dict(graph), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump(to_dict(graph))
+
+
+def dump(data: Any) -> str:
+    """Plain data in the form of graph.yaml as its text."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Loader(yaml.SafeLoader):
@@ -131,9 +136,15 @@ class _Lines:
 
 def loads(text: str, name: str = "graph.yaml") -> Graph:
     """Read a graph. Raises GraphError with *every* problem found, each with its line."""
+    data, at = parse(text, name)
+    return _checked(data, at, name)
+
+
+def parse(text: str, name: str) -> tuple[Any, Callable[[tuple[str, ...]], str]]:
+    """(plain data of a YAML text, what names the line of a path in it). Raises GraphError where it is no YAML, or one that we refuse."""
     try:
         if len(text) > 4_000_000:
-            raise GraphError(f"{name} is too large to be a graph.")
+            raise GraphError(f"{name} is too large.")
         data = yaml.load(text, Loader=_Loader)
         lines = _Lines(text)
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -144,18 +155,18 @@ def loads(text: str, name: str = "graph.yaml") -> Graph:
         raise GraphError(
             f"{name} cannot be read as YAML: {line}{problem}", "See an example: lmgraph graph init --help", (f"{line}{problem}",)
         ) from error
-    return _checked(data, lines, name)
+    return data, lines.at
 
 
 def of_dict(data: Any, name: str = "the graph") -> Graph:
     """The graph of plain data in the file's form (`to_dict` reversed). Raises GraphError with every problem."""
-    return _checked(data, _Lines(""), name)
+    return _checked(data, _Lines("").at, name)
 
 
-def _checked(data: Any, lines: _Lines, name: str) -> Graph:
-    reader = Reader(lines.at)
+def _checked(data: Any, at: Callable[[tuple[str, ...]], str], name: str) -> Graph:
+    reader = Reader(at)
     graph = reader.graph(data)
-    problems = reader.problems or (check(graph, lines.at) if graph else [])
+    problems = reader.problems or (check(graph, at) if graph else [])
     if problems or graph is None:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise GraphError(

@@ -169,6 +169,7 @@ class Reader:
                 "key_env": (str,),
                 "stream": (bool,),
                 "timeout_s": (int, float),
+                "start_timeout_s": (int, float),
                 "retries": (int,),
                 "max_tokens": (int,),
                 "temperature": (int, float),
@@ -187,7 +188,7 @@ class Reader:
             self.say(path, "kind openai needs urls: [http://host:port/v1]")
         if kind in ("openai", "embedded") and not row.get("model"):
             self.say(path, f"kind {kind} needs a model")
-        for key, low in (("timeout_s", 0.001), ("retries", 0), ("max_tokens", 1)):
+        for key, low in (("timeout_s", 0.001), ("start_timeout_s", 0), ("retries", 0), ("max_tokens", 1)):
             if row.get(key, low) < low:
                 self.say((*path, key), f"found {row[key]}, expected at least {low}")
         if row.get("retries", 0) > 10:

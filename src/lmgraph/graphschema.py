@@ -22,6 +22,11 @@ def schema() -> dict[str, Any]:
             "key_env": {**text, "description": "environment variable that holds the API key"},
             "stream": {"type": "boolean", "description": "openai only; false: whole answers are asked for whole, not as a stream"},
             "timeout_s": {**number, "exclusiveMinimum": 0},
+            "start_timeout_s": {
+                **number,
+                "minimum": 0,
+                "description": "openai only: seconds that a server which takes no connection (at zero replicas) is tried again",
+            },
             "retries": {"type": "integer", "minimum": 0, "maximum": 10},
             "max_tokens": {"type": "integer", "minimum": 1},
             "temperature": {**number, "minimum": 0, "maximum": 2},

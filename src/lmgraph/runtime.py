@@ -216,6 +216,7 @@ class Runtime:
                 system=spec.system,
                 key_env=spec.key_env,
                 timeout_s=spec.timeout_s,
+                start_timeout_s=spec.start_timeout_s,
                 temperature=spec.temperature,
                 always_stream=spec.stream,
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl
 
-from lmgraph.errors import LmgraphError, RequestError
+from lmgraph.errors import LmgraphError, RequestError, WorkerStarting
 from lmgraph.serve import wire
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ class Request:
             return
         status = wire.status_of(error)
         headers = list(AFTER.get(status, ()))
-        if isinstance(error, RequestError) and status == 429:
+        if isinstance(error, WorkerStarting) or (isinstance(error, RequestError) and status == 429):
             headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
         await self.respond(status, wire.error(error), headers)
 

@@ -101,6 +101,10 @@ class Metrics(Collector):
             yield HistogramMetricFamily(f"lmgraph_{name}_seconds", text, buckets=buckets, sum_value=times.sum)
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(f"lmgraph_{name}", text, value=float(getattr(self, name)))
+        busy = GaugeMetricFamily("lmgraph_node_active", "Answers in the making by node, waiting ones too", labels=("node",))
+        for node, load in self.loads.items():
+            busy.add_metric((node,), load.active)
+        yield busy
 
     def text(self) -> bytes:
         """The page of GET /metrics."""

@@ -23,7 +23,7 @@ FAILURES = {
     413: "The body is too large.",
     429: "Too many answers in the making, or the key's rate is used up.",
     502: "No worker could answer.",
-    503: "No master, or a dead store.",
+    503: "No master, a dead store, or a worker that is being started.",
     504: "No worker answered in time.",
 }
 DOOR = (401, 403, 503)

@@ -23,6 +23,7 @@ from lmgraph.errors import (
     RequestError,
     StoreError,
     UserError,
+    WorkerStarting,
     WorkerTimeout,
 )
 from lmgraph.graph import MODES
@@ -36,7 +37,7 @@ CONVERSATION = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_MESSAGES = 2048
 MAX_QUERIES = 1000
 """queries in one call of /v1/route"""
-FAULTS = ((WorkerTimeout, 504), (StoreError, 503), (OutsideError, 502), (AssetError, 503), (MasterError, 503), (UserError, 400))
+FAULTS = ((WorkerTimeout, 504), ((WorkerStarting, StoreError, AssetError, MasterError), 503), (OutsideError, 502), (UserError, 400))
 """kind of error -> HTTP status; of several that fit, the first"""
 
 

@@ -11,12 +11,13 @@ import asyncio
 import json
 import os
 import random
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from lmgraph import quickjson
-from lmgraph.errors import WorkerError, WorkerTimeout
+from lmgraph.errors import WorkerError, WorkerStarting, WorkerTimeout
 from lmgraph.types import Delta, Message
 from lmgraph.workers.http import BrokenOff, Client, Connection
 from lmgraph.workers.reading import Reading, Refusal, refusal
@@ -28,6 +29,8 @@ KEPT_S = 4.0
 """how long an idle connection is kept: less than the 5 s after which many servers close theirs, or calls would run into that"""
 LINGER_S = 1.0
 """how long a finished answer may take to end its body, so that its connection can be used again; nobody waits for it"""
+AGAIN_S = 1.0
+"""between two tries of a server that is being started"""
 MANY = 100
 """targets (a URL and a key) that are remembered"""
 ELSEWHERE = {429, 500, 502, 503, 504}
@@ -47,7 +50,8 @@ class OpenAIWorker:
     """Talks to `urls` (each ending in /v1) about `model`; the key comes from the environment variable `key_env`.
 
     `timeout_s` bounds the time until the first piece of an answer and between two pieces. Without `always_stream`, an answer that
-    nobody needs in pieces is asked for whole, and that is its one piece. `pick(n)`: a random number below n.
+    nobody needs in pieces is asked for whole, and that is its one piece. As long as no replica takes a connection, all are tried again
+    until `start_timeout_s` is over: they may be starting. `pick(n)`: a random number below n.
     """
 
     def __init__(
@@ -58,13 +62,15 @@ class OpenAIWorker:
         system: str = "",
         key_env: str = "",
         timeout_s: float = 120,
+        start_timeout_s: float = 0,
         temperature: float | None = None,
         always_stream: bool = True,
         environment: Mapping[str, str] = os.environ,
         pick: Callable[[int], int] = random.randrange,
     ) -> None:
         self._replicas = Replicas([url.rstrip("/") for url in urls], pick)
-        self._model, self._system, self._temperature, self._timeout = model, system, temperature, timeout_s
+        self._model, self._system, self._temperature = model, system, temperature
+        self._timeout, self._start_timeout = timeout_s, start_timeout_s
         self._key_env, self._environment, self._always_stream = key_env, environment, always_stream
         self._client = Client(connect_s=min(timeout_s, CONNECT_S), idle_s=KEPT_S)
         self._targets: dict[tuple[str, str], Target] = {}
@@ -82,7 +88,16 @@ class OpenAIWorker:
         body = self._body(messages, max_tokens, temperature, options or {}, streamed=self._always_stream or not whole)
         tried: list[Replica] = []
         last: Exception | None = None
-        while (replica := self._replicas.choose(time.monotonic(), tried)) is not None:
+        until, absent = time.monotonic() + self._start_timeout, True
+        while True:
+            replica = self._replicas.choose(time.monotonic(), tried)
+            if replica is None:
+                left = until - time.monotonic()
+                if not absent or left <= 0:
+                    break
+                await asyncio.sleep(min(AGAIN_S, left))
+                tried.clear()
+                continue
             tried.append(replica)
             reading = Reading(replica.name)
             response: Connection | None = None
@@ -109,6 +124,7 @@ class OpenAIWorker:
                 self._replicas.succeed(replica)
             except (WorkerError, asyncio.TimeoutError, OSError, ValueError) as caught:
                 last = self._mapped(replica.name, caught, key)
+                absent = absent and isinstance(last, WorkerStarting)
                 verdict = True
                 again = self._judge(replica, last)
                 if begun or not again:
@@ -205,4 +221,9 @@ class OpenAIWorker:
         words = str(error).replace(key, "***") if key else str(error)
         if isinstance(error, (BrokenOff, ConnectionResetError, BrokenPipeError)):
             words = words if isinstance(error, BrokenOff) and words else "it closed the connection before its answer was finished"
+        elif self._start_timeout and isinstance(error, OSError) and not isinstance(error, ssl.SSLError):  # there was no connection at all
+            waited = f"also not within the {self._start_timeout:g} s for which it was tried again"
+            return WorkerStarting(
+                f"{url} takes no connection, {waited}: {words or type(error).__name__}.", "It may be starting: ask again."
+            )
         return WorkerError(f"{url} cannot be reached: {words or type(error).__name__}.", REACH)
