@@ -203,15 +203,7 @@ class Runtime:
         if spec.kind == "scripted":
             return ScriptedWorker(spec.answers)
         if spec.kind == "openai":
-            return OpenAIWorker(
-                spec.urls,
-                spec.model,
-                system=spec.system,
-                key_env=spec.key_env,
-                timeout_s=spec.timeout_s,
-                temperature=spec.temperature,
-                always_stream=spec.stream,
-            )
+            return OpenAIWorker.of(spec)
         try:
             async with self._files_lock:
                 path = await asyncio.to_thread(model_file, spec.model, self.settings.cache, self._folder, self._watcher)
