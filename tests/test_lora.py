@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,23 @@ LETTERS = {"grammar": "root ::= [a-z]+"}
 """what the toy says freely are halves of letters, which a stream leaves out"""
 
 
+@asynccontextmanager
+async def opened(*specs: WorkerSpec) -> AsyncIterator[list[OpenAIWorker]]:
+    """A worker of each spec."""
+    workers = [OpenAIWorker.of(spec) for spec in specs]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            await worker.close()
+
+
 def ask(*specs: WorkerSpec, **options: Any) -> list[str]:
     """What a worker of each spec answers, one after another in one event loop."""
 
     async def work() -> list[str]:
-        workers = [OpenAIWorker.of(spec) for spec in specs]
-        try:
+        async with opened(*specs) as workers:
             return [await one(worker, **options) for worker in workers]
-        finally:
-            for worker in workers:
-                await worker.close()
 
     return asyncio.run(work())
 
@@ -89,7 +96,7 @@ def llama_server(base: Path, *loras: Path) -> Iterator[str]:
     params.model.path = str(base)
     params.model_alias = {"toy"}
     params.n_ctx, params.n_parallel, params.verbosity, params.warmup, params.fit_params = 512, 1, -1, False, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # two would wait for each other where cores are busy
     listed = []
     for path in loras:
         info = xllamacpp.CommonAdapterLoraInfo()
@@ -134,13 +141,9 @@ def test_many_answers_with_different_adapters_do_not_mix(llama: str) -> None:
     wanted = {"math": said(llama, 1, 0), "law": said(llama, 0, 1), "": said(llama, 0, 0)}
 
     async def work() -> list[tuple[str, str]]:
-        workers = {name: OpenAIWorker.of(spec("llamacpp", llama, name)) for name in wanted}
-        names = [name for _ in range(4) for name in wanted]
-        try:
-            return list(zip(names, await asyncio.gather(*(one(workers[name]) for name in names))))
-        finally:
-            for worker in workers.values():
-                await worker.close()
+        async with opened(*(spec("llamacpp", llama, name) for name in wanted)) as workers:
+            pairs = list(zip(wanted, workers)) * 4
+            return list(zip([name for name, _ in pairs], await asyncio.gather(*(one(worker) for _, worker in pairs))))
 
     assert all(text == wanted[name] for name, text in asyncio.run(work()))
 
@@ -150,13 +153,10 @@ def test_replicas_that_number_their_adapters_differently_answer_alike(llama: str
         assert said(other, 1, 0) == said(llama, 0, 1)
 
         async def work() -> set[str]:
-            worker = OpenAIWorker.of(spec("llamacpp", (llama, other), "law"))
-            try:
+            async with opened(spec("llamacpp", (llama, other), "law")) as [worker]:
                 found = {await one(worker) for _ in range(6)}
                 assert {state["failures"] for state in worker.states()} == {0}
                 return found
-            finally:
-                await worker.close()
 
         assert asyncio.run(work()) == {said(llama, 0, 1)}
 
@@ -185,6 +185,8 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Standin
     protocol_version = "HTTP/1.1"
+    timeout = 20
+    """seconds after which a connection that says nothing is closed"""
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -376,11 +378,10 @@ def test_a_vllm_is_asked_for_the_adapter_by_its_name() -> None:
 
 def test_a_server_is_asked_once_what_it_has() -> None:
     async def work(url: str) -> None:
-        worker = OpenAIWorker.of(spec("vllm", url, "law"))
-        await asyncio.gather(*(one(worker) for _ in range(10)))
-        for _ in range(3):
-            await one(worker)
-        await worker.close()
+        async with opened(spec("vllm", url, "law")) as [worker]:
+            await asyncio.gather(*(one(worker) for _ in range(10)))
+            for _ in range(3):
+                await one(worker)
 
     with VLLM(adapters=("law",)) as server:
         asyncio.run(work(server.url))
@@ -389,11 +390,8 @@ def test_a_server_is_asked_once_what_it_has() -> None:
 
 def test_an_adapter_is_loaded_once_however_many_ask_for_it() -> None:
     async def work(url: str) -> list[str]:
-        worker = OpenAIWorker.of(spec("vllm", url, "law", adapter_path="/adapters/law"))
-        try:
+        async with opened(spec("vllm", url, "law", adapter_path="/adapters/law")) as [worker]:
             return await asyncio.gather(*(one(worker) for _ in range(20)))
-        finally:
-            await worker.close()
 
     with VLLM(files=("/adapters/law",), runtime=True) as server:
         assert asyncio.run(work(server.url)) == ["law on toy"] * 20
@@ -403,15 +401,11 @@ def test_an_adapter_is_loaded_once_however_many_ask_for_it() -> None:
 
 def test_two_gateways_that_load_an_adapter_at_once_both_answer() -> None:
     async def work(server: VLLM) -> list[str]:
-        workers = [OpenAIWorker.of(spec("vllm", server.url, "law", adapter_path="/adapters/law")) for _ in range(2)]
-        tasks = [asyncio.create_task(one(worker)) for worker in workers]
-        assert await asyncio.to_thread(server.both.wait, 20)
-        server.go.set()
-        try:
+        async with opened(*[spec("vllm", server.url, "law", adapter_path="/adapters/law")] * 2) as workers:
+            tasks = [asyncio.create_task(one(worker)) for worker in workers]
+            assert await asyncio.to_thread(server.both.wait, 20)
+            server.go.set()
             return list(await asyncio.gather(*tasks))
-        finally:
-            for worker in workers:
-                await worker.close()
 
     with VLLM(files=("/adapters/law",), runtime=True) as server:
         server.go.clear()
@@ -420,17 +414,14 @@ def test_two_gateways_that_load_an_adapter_at_once_both_answer() -> None:
 
 def test_who_loses_patience_while_an_adapter_is_loaded_does_not_stop_the_others() -> None:
     async def work(server: VLLM) -> str:
-        worker = OpenAIWorker.of(spec("vllm", server.url, "law", adapter_path="/adapters/law"))
-        first, second = asyncio.create_task(one(worker)), asyncio.create_task(one(worker))
-        assert await asyncio.to_thread(server.loading.wait, 20)
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        server.go.set()
-        try:
+        async with opened(spec("vllm", server.url, "law", adapter_path="/adapters/law")) as [worker]:
+            first, second = asyncio.create_task(one(worker)), asyncio.create_task(one(worker))
+            assert await asyncio.to_thread(server.loading.wait, 20)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            server.go.set()
             return await second
-        finally:
-            await worker.close()
 
     with VLLM(files=("/adapters/law",), runtime=True) as server:
         server.go.clear()
@@ -440,10 +431,9 @@ def test_who_loses_patience_while_an_adapter_is_loaded_does_not_stop_the_others(
 
 def test_a_worker_that_is_closed_while_an_adapter_is_loaded_stops_waiting_for_it() -> None:
     async def work(server: VLLM) -> None:
-        worker = OpenAIWorker.of(spec("vllm", server.url, "law", adapter_path="/adapters/law"))
-        answer = asyncio.create_task(one(worker))
-        assert await asyncio.to_thread(server.loading.wait, 20)
-        await worker.close()
+        async with opened(spec("vllm", server.url, "law", adapter_path="/adapters/law")) as [worker]:
+            answer = asyncio.create_task(one(worker))
+            assert await asyncio.to_thread(server.loading.wait, 20)
         with pytest.raises((asyncio.CancelledError, WorkerError)):
             await answer
         server.go.set()
@@ -455,13 +445,10 @@ def test_a_worker_that_is_closed_while_an_adapter_is_loaded_stops_waiting_for_it
 
 def test_an_adapter_that_a_server_lost_when_it_was_started_anew_is_loaded_again() -> None:
     async def work(server: VLLM) -> list[str]:
-        worker = OpenAIWorker.of(spec("vllm", server.url, "law", adapter_path="/adapters/law"))
-        try:
+        async with opened(spec("vllm", server.url, "law", adapter_path="/adapters/law")) as [worker]:
             before = await one(worker)
             server.adapters.clear()
             return [before, await one(worker), await one(worker)]
-        finally:
-            await worker.close()
 
     with VLLM(files=("/adapters/law",), runtime=True) as server:
         assert asyncio.run(work(server)) == ["law on toy"] * 3
@@ -494,14 +481,11 @@ def test_why_an_adapter_cannot_be_loaded_is_said(options: dict[str, Any], words:
 
 def test_an_adapter_that_is_there_later_is_used_then() -> None:
     async def work(server: VLLM) -> str:
-        worker = OpenAIWorker.of(spec("vllm", server.url, "law"))
-        try:
+        async with opened(spec("vllm", server.url, "law")) as [worker]:
             with pytest.raises(WorkerError, match="has no adapter 'law'; it has none"):
                 await one(worker)
             server.adapters["law"] = "/adapters/law"
             return await one(worker)
-        finally:
-            await worker.close()
 
     with VLLM() as server:
         assert asyncio.run(work(server)) == "law on toy"
@@ -556,11 +540,8 @@ def test_a_lorax_is_asked_for_the_adapter_as_its_model() -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_options_reach_a_lorax_in_its_own_words(whole: bool) -> None:
     async def work(url: str) -> list[Delta]:
-        worker = OpenAIWorker.of(spec("lorax", url, "law", stream=False))
-        try:
+        async with opened(spec("lorax", url, "law", stream=False)) as [worker]:
             return await deltas(worker, options={"stop": "###", "max_completion_tokens": 5}, whole=whole)
-        finally:
-            await worker.close()
 
     with LoRAX(hub=(("hub", "law"),)) as server:
         assert asyncio.run(work(server.url))[-1] == Delta(done=True, finish="stop", usage={"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5})
@@ -570,14 +551,13 @@ def test_options_reach_a_lorax_in_its_own_words(whole: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_too_long_a_request_is_the_requests_fault_and_not_the_loraxs(stream: bool) -> None:
     async def work(url: str) -> None:
-        worker = OpenAIWorker.of(spec("lorax", url, stream=stream))
-        for _ in range(4):
-            with pytest.raises(Refusal, match="must have less than 100 tokens") as caught:
-                await deltas(worker, (Message("user", "x" * 100),), whole=True)
-            assert caught.value.status == 422 and caught.value.too_long
-        assert worker.states()[0]["failures"] == 0
-        assert await one(worker) == "nothing on toy"
-        await worker.close()
+        async with opened(spec("lorax", url, stream=stream)) as [worker]:
+            for _ in range(4):
+                with pytest.raises(Refusal, match="must have less than 100 tokens") as caught:
+                    await deltas(worker, (Message("user", "x" * 100),), whole=True)
+                assert caught.value.status == 422 and caught.value.too_long
+            assert worker.states()[0]["failures"] == 0
+            assert await one(worker) == "nothing on toy"
 
     with LoRAX() as server:
         asyncio.run(work(server.url))
@@ -605,19 +585,18 @@ def test_a_lorax_with_another_base_is_refused_before_it_is_asked() -> None:
                                            (("/a/law.gguf", "/a/math.gguf"), "/a/law.gguf"), (("/a/math.gguf",), None)])
 def test_a_llama_cpp_that_was_started_anew_answers_with_the_same_adapter_or_not_at_all(after: tuple[str, ...], answer: str | None) -> None:
     async def work(server: Llama) -> None:
-        worker = OpenAIWorker.of(spec("llamacpp", server.url, "law"))
-        assert [await one(worker) for _ in range(3)] == ["/a/law.gguf"] * 3
-        listed = server.times("/lora-adapters")
-        assert listed <= 2, "a connection that is used again is to the same server"
-        server.restart(*after)
-        if answer is None:
-            with pytest.raises(WorkerError, match=r"has no adapter 'law'; it has '/a/math\.gguf'"):
-                await one(worker)
-        else:
-            assert await one(worker) == answer == await one(worker)
-            assert worker.states()[0]["failures"] == 0
-        assert server.times("/lora-adapters") > listed
-        await worker.close()
+        async with opened(spec("llamacpp", server.url, "law")) as [worker]:
+            assert [await one(worker) for _ in range(3)] == ["/a/law.gguf"] * 3
+            listed = server.times("/lora-adapters")
+            assert listed <= 2, "a connection that is used again is to the same server"
+            server.restart(*after)
+            if answer is None:
+                with pytest.raises(WorkerError, match=r"has no adapter 'law'; it has '/a/math\.gguf'"):
+                    await one(worker)
+            else:
+                assert await one(worker) == answer == await one(worker)
+                assert worker.states()[0]["failures"] == 0
+            assert server.times("/lora-adapters") > listed
 
     with Llama("/a/law.gguf", "/a/math.gguf") as server:
         asyncio.run(work(server))
