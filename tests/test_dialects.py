@@ -115,7 +115,8 @@ def test_everything_that_is_missing_is_said_with_what_is_there() -> None:
     assert dialects.lacks(Wanted("vllm", "llama", "chem"), has) == ["serves 'qwen', and not the base 'llama'", "has no adapter 'chem'; it has 'law', 'bio'"]
     assert dialects.lacks(Wanted("vllm", "qwen", "law"), has) == dialects.lacks(Wanted("vllm", "qwen"), has) == []
     assert dialects.lacks(Wanted("vllm", "qwen", "qwen"), has) == ["has no adapter 'qwen'; it has 'law', 'bio'"]
-    assert dialects.lacks(Wanted("vllm", "models/qwen"), has), "only llama.cpp's names are files"
+    assert dialects.lacks(Wanted("vllm", "models/qwen"), has), "only llama.cpp's and LoRAX's names are files"
+    assert dialects.lacks(Wanted("lorax", "org/base"), Stock(("/data/org/base",), None)) == []
     many = Stock(("base",), tuple(f"a{i}" for i in range(25)))
     assert dialects.lacks(Wanted("vllm", "base", "x"), many)[0].endswith("'a19' and 5 more")
     assert dialects.lacks(Wanted("lorax", "base", "anything"), Stock(("base",), None)) == []

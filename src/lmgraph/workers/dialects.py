@@ -73,11 +73,10 @@ def stock(dialect: str, answers: Sequence[Any]) -> Stock:
 def lacks(wanted: Wanted, has: Stock) -> list[str]:
     """What is wrong with a server for a node, a sentence without its subject each; []: nothing."""
     out = []
-    files = wanted.dialect == "llamacpp"
-    if not _places(wanted.base, has.bases, files):
+    if not _places(wanted.base, has.bases, files=wanted.dialect != "vllm"):
         out.append(f"serves {_list(has.bases)}, and not the base {wanted.base!r}")
     if wanted.adapter and has.adapters is not None:
-        found = _places(wanted.adapter, has.adapters, files)
+        found = _places(wanted.adapter, has.adapters, files=wanted.dialect == "llamacpp")
         if not found:
             out.append(f"has no adapter {wanted.adapter!r}; it has {_list(has.adapters)}")
         elif len(found) > 1:
@@ -95,7 +94,7 @@ def advice(wanted: Wanted) -> str:
     return {
         "vllm": "In graph.yaml `model` is the name that the server serves its base by. Start it with --enable-lora --lora-modules "
         f"NAME=PATH, or give the node an adapter_path and the server the variable {SWITCH}.",
-        "lorax": "In graph.yaml `model` is the base that the server was started with (--model-id).",
+        "lorax": "In graph.yaml `model` is what the server was started with (--model-id), or the end of its path.",
         "llamacpp": "In graph.yaml `model` is the server's --alias or file, and `adapter` the file of one --lora, or the end of its path.",
     }[wanted.dialect]
 
@@ -125,7 +124,7 @@ def shape(wanted: Wanted, has: Stock, body: Mapping[str, Any]) -> dict[str, Any]
         return {"model": wanted.adapter or wanted.base, **out}
     if wanted.dialect == "llamacpp":
         # Also for the base alone: a request that names none gets every adapter that the server was started with.
-        chosen = _places(wanted.adapter, has.adapters or (), True) if wanted.adapter else []
+        chosen = _places(wanted.adapter, has.adapters or (), files=True) if wanted.adapter else []
         scales = [{"id": number, "scale": float(i in chosen)} for i, number in enumerate(has.numbers)]
         return {"model": wanted.base, **out, "lora": scales}
     if isinstance(out.get("stop"), str):  # it takes a list only
