@@ -22,6 +22,10 @@ WORKERS = st.one_of(
     st.builds(WorkerSpec, kind=st.just("openai"), model=st.text(min_size=1), key_env=st.text(), stream=st.booleans(), retries=st.integers(0, 10),
               urls=st.lists(st.sampled_from(["http://a:1/v1", "https://b/v1"]), min_size=1).map(tuple),
               timeout_s=st.floats(0.001, 1e6)),
+    st.builds(lambda how, adapter, **rest: WorkerSpec("openai", "base", urls=("http://a:1/v1",), adapter=adapter, **how, **rest),
+              st.sampled_from([{"dialect": "llamacpp"}, {"dialect": "vllm", "adapter_path": "/adapters/x"},
+                               *({"dialect": "lorax", "adapter_source": source} for source in ("", *graph.SOURCES))]),
+              st.text(min_size=1).filter(lambda name: name != "base"), system=st.text()),
     st.builds(WorkerSpec, kind=st.just("scripted"), answers=st.dictionaries(st.text(), st.text(), max_size=3)))
 
 
@@ -552,3 +556,25 @@ def test_the_schema_refuses_what_loading_refuses(validator: Any, text: str) -> N
     assert not validator.is_valid(yaml.safe_load(text))
     with pytest.raises(GraphError):
         graphfile.loads(text)
+
+
+SERVED = {"kind": "openai", "urls": "http://a:1/v1", "model": "base"}
+
+
+@pytest.mark.parametrize("worker, words", [
+    ({"dialect": "tgi"}, "worker.dialect: found 'tgi'; valid: vllm, lorax, llamacpp"),
+    ({"adapter": "law"}, "worker.adapter: needs a dialect, which says how the server is asked for it; valid: vllm, lorax, llamacpp"),
+    ({"dialect": "vllm", "adapter": "base"}, "worker.adapter: found 'base', the name of its base"),
+    ({"dialect": "lorax", "adapter": "law", "adapter_path": "/x"}, "worker.adapter_path: is only for an adapter of dialect vllm"),
+    ({"dialect": "vllm", "adapter_path": "/x"}, "worker.adapter_path: is only for an adapter of dialect vllm"),
+    ({"dialect": "vllm", "adapter": "law", "adapter_source": "hub"}, "worker.adapter_source: is only for an adapter of dialect lorax"),
+    ({"dialect": "lorax", "adapter": "law", "adapter_source": "disk"}, "worker.adapter_source: found 'disk'; valid: hub, local, s3, pbase"),
+    ({"kind": "embedded", "urls": [], "dialect": "vllm"}, "worker.dialect: kind embedded has none"),
+])
+def test_an_adapter_is_named_only_where_a_server_can_be_asked_for_it(worker: dict[str, Any], words: str) -> None:
+    assert words in only(with_node(worker={**SERVED, **worker}))
+
+
+def test_every_problem_of_an_adapter_is_said_at_once() -> None:
+    found = problems(with_node(worker={**SERVED, "dialect": "x", "adapter": "base", "adapter_path": "/x", "adapter_source": "disk"}))
+    assert len(found) == 5

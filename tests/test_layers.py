@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lmgraph"
 ORDER = [  # lowest first; a room imports only from rooms listed before it
     "errors", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "quickjson", "settings", "abreast", "patience",
     "assets", "bundles", "adapters", "graphedit", "loopback", "engine", "workers.base", "workers.scripted", "workers.embedded",
-    "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.openai",
+    "workers.replicas", "workers.reading", "workers.target", "workers.http", "workers.dialects", "workers.inventory", "workers.openai", "workers.survey",
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
     "files", "master", "execute", "voting", "limits", "ahead", "walking", "runtime", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
     "train.examples", "train.tasks", "train.tiny", "train.heads", "train.model", "train.loss", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.journal", "evaluate.mmludata", "evaluate.asking", "evaluate.mmlu", "evaluate.marks", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.planner", "evaluate.plans", "evaluate.taskbench", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign", "evaluate.facts", "evaluate.replay", "evaluate.competence", "evaluate.policies", "evaluate.standings",
@@ -25,7 +25,7 @@ HOMES = {
     "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile", "evaluate.outcomes", "kubernetes.render"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.pictures"}, "pyarrow": {"evaluate.mmludata"},
 }
-PURE = {"errors", "quickjson", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "workers.replicas", "workers.reading", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "evaluate.statistics", "evaluate.assign", "evaluate.facts"} | {name for name in ORDER if name.startswith("kubernetes.")}
+PURE = {"errors", "quickjson", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "workers.replicas", "workers.reading", "workers.dialects", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "evaluate.statistics", "evaluate.assign", "evaluate.facts"} | {name for name in ORDER if name.startswith("kubernetes.")}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
 LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "adapters", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters", "evaluate.mmludata", "evaluate.policies"}
 BUDGET = 360

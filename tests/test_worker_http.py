@@ -69,7 +69,7 @@ async def client(connect_s: float = 20) -> AsyncIterator[Client]:
 
 async def ask(made: Client, url: str, silence_s: float = 20) -> bytes:
     """The body of an answer, read to its end."""
-    answer = await made.post(prepare(url, {"Content-Type": "text/plain"}), b"question", silence_s=silence_s)
+    answer = await made.send(prepare(url, {"Content-Type": "text/plain"}), b"question", silence_s=silence_s)
     assert answer.status == 200
     body = b""
     while data := await answer.read():
@@ -142,7 +142,7 @@ def test_a_silent_server_is_a_timeout_and_loses_its_connection(said: bytes) -> N
         async with listening(server) as port, client() as made:
             with pytest.raises(asyncio.TimeoutError):
                 try:
-                    answer = await made.post(prepare(f"http://127.0.0.1:{port}/", {}), b"", silence_s=0.05)
+                    answer = await made.send(prepare(f"http://127.0.0.1:{port}/", {}), b"", silence_s=0.05)
                     while await answer.read():
                         pass
                 except asyncio.TimeoutError:
@@ -193,7 +193,7 @@ def test_no_more_is_read_than_somebody_wants() -> None:
             writer.close()
 
         async with listening(server) as port, client() as made:
-            answer = await made.post(prepare(f"http://127.0.0.1:{port}/", {}), b"", silence_s=20)
+            answer = await made.send(prepare(f"http://127.0.0.1:{port}/", {}), b"", silence_s=20)
             before = -1
             while sent != before:  # until the server can send no more
                 before = sent

@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 START, END = "start", "end"
 KINDS = ("embedded", "openai", "scripted")
 REWRITE = ("auto", "always", "never")
+DIALECTS = ("vllm", "lorax", "llamacpp")
+"""servers that put a LoRA on their base for one request, each of which is asked for it in a way of its own"""
+SOURCES = ("hub", "local", "s3", "pbase")
+"""where LoRAX may fetch an adapter from"""
 MODALITIES = ("text", "image", "audio")
 MODES = ("single", "vote", "auto", "walk", "plan")
 VOTERS = (2, 9)
@@ -32,6 +36,14 @@ class WorkerSpec:
     urls: tuple[str, ...] = ()
     key_env: str = ""
     """name of the environment variable that holds the API key; the key itself is never written in a graph"""
+    dialect: str = ""
+    """`openai` only: which server it is, where that matters: one that puts adapters on its base. '': any that speaks OpenAI's API"""
+    adapter: str = ""
+    """name of the LoRA that this server puts on `model` for this node's requests; '': the base alone. Not `Node.adapter`, the master's"""
+    adapter_path: str = ""
+    """`vllm` only: where the server finds the adapter, which is loaded from there when the server does not have it yet"""
+    adapter_source: str = ""
+    """`lorax` only: where it fetches the adapter from (one of SOURCES); '': from where it was started to"""
     stream: bool = True
     """`openai` only: False asks for a whole answer whenever the client wants it whole; it must then be there within `timeout_s`"""
     timeout_s: float = 120.0

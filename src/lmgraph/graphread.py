@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lmgraph.graph import (
+    DIALECTS,
     END,
     KINDS,
     MODALITIES,
     MODES,
     MOST_HOPS,
     REWRITE,
+    SOURCES,
     START,
     VERSION,
     VOTERS,
@@ -167,6 +169,10 @@ class Reader:
                 "system": (str,),
                 "urls": (str, list),
                 "key_env": (str,),
+                "dialect": (str,),
+                "adapter": (str,),
+                "adapter_path": (str,),
+                "adapter_source": (str,),
                 "stream": (bool,),
                 "timeout_s": (int, float),
                 "start_timeout_s": (int, float),
@@ -188,6 +194,7 @@ class Reader:
             self.say(path, "kind openai needs urls: [http://host:port/v1]")
         if kind in ("openai", "embedded") and not row.get("model"):
             self.say(path, f"kind {kind} needs a model")
+        self.adapting(row, path)
         for key, low in (("timeout_s", 0.001), ("start_timeout_s", 0), ("retries", 0), ("max_tokens", 1)):
             if row.get(key, low) < low:
                 self.say((*path, key), f"found {row[key]}, expected at least {low}")
@@ -206,6 +213,23 @@ class Reader:
                     self.say((*path, "answers", str(key)), f"found {_kind(value)}, expected text")
             row["answers"] = {str(k): str(v) for k, v in row["answers"].items() if not isinstance(v, (dict, list, tuple, set))}
         return WorkerSpec(urls=urls, **row) if row.get("kind") else None
+
+    def adapting(self, row: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        """What a worker says about its server's adapters."""
+        dialect, adapter = row.get("dialect", ""), row.get("adapter", "")
+        if dialect:
+            self.one_of(dialect, DIALECTS, (*path, "dialect"))
+        for key, needed in (("adapter_path", "vllm"), ("adapter_source", "lorax")):
+            if row.get(key) and (dialect != needed or not adapter):
+                self.say((*path, key), f"is only for an adapter of dialect {needed}")
+        if row.get("adapter_source"):
+            self.one_of(row["adapter_source"], SOURCES, (*path, "adapter_source"))
+        if adapter and not dialect:
+            self.say((*path, "adapter"), f"needs a dialect, which says how the server is asked for it; valid: {', '.join(DIALECTS)}")
+        if adapter and adapter == row.get("model"):
+            self.say((*path, "adapter"), f"found {adapter!r}, the name of its base; a server would take the base alone")
+        if dialect and row.get("kind") != "openai":
+            self.say((*path, "dialect"), f"kind {row.get('kind')} has none; it says which server a worker of kind openai has")
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping", bool: "true or false"}

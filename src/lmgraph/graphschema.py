@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmgraph.graph import KINDS, MODALITIES, MODES, MOST_HOPS, REWRITE, VERSION, VOTERS
+from lmgraph.graph import DIALECTS, KINDS, MODALITIES, MODES, MOST_HOPS, REWRITE, SOURCES, VERSION, VOTERS
 
 
 def schema() -> dict[str, Any]:
@@ -20,6 +20,13 @@ def schema() -> dict[str, Any]:
             "system": {**text, "description": "system prompt put before every request"},
             "urls": {"oneOf": [text, {"type": "array", "items": text}], "description": "base URLs of replicas, e.g. http://host:8000/v1"},
             "key_env": {**text, "description": "environment variable that holds the API key"},
+            "dialect": {
+                "enum": ["", *DIALECTS],
+                "description": "openai only: a server that puts adapters on its base, and is looked at for both",
+            },
+            "adapter": {**text, "description": "LoRA that the server puts on `model` for this node; needs a dialect"},
+            "adapter_path": {**text, "description": "vllm only: where the server finds the adapter, to load it while it runs"},
+            "adapter_source": {"enum": ["", *SOURCES], "description": "lorax only: where the server fetches the adapter from"},
             "stream": {"type": "boolean", "description": "openai only; false: whole answers are asked for whole, not as a stream"},
             "timeout_s": {**number, "exclusiveMinimum": 0},
             "start_timeout_s": {

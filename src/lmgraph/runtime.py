@@ -210,16 +210,7 @@ class Runtime:
         if spec.kind == "scripted":
             return ScriptedWorker(spec.answers)
         if spec.kind == "openai":
-            return OpenAIWorker(
-                spec.urls,
-                spec.model,
-                system=spec.system,
-                key_env=spec.key_env,
-                timeout_s=spec.timeout_s,
-                start_timeout_s=spec.start_timeout_s,
-                temperature=spec.temperature,
-                always_stream=spec.stream,
-            )
+            return OpenAIWorker.of(spec)
         try:
             path = await self._fetched(model_file, spec.model)
         except AssetError as error:

@@ -15,8 +15,8 @@ from lmgraph.assets import atomic
 from lmgraph.cli import settings
 from lmgraph.cli.assigning import assign
 from lmgraph.cli.run import GRAPH, JSON
-from lmgraph.errors import LmgraphError, UserError
-from lmgraph.graph import END, START, WALKS, notes
+from lmgraph.errors import GraphError, LmgraphError, UserError
+from lmgraph.graph import DIALECTS, END, START, WALKS, notes
 
 EDITED = click.option(
     "--graph",
@@ -79,13 +79,19 @@ def show(path: Path | None, svg: Path | None, as_json: bool) -> None:
 
 @graph.command()
 @GRAPH
+@click.option("--live", is_flag=True, help="also look at the servers of nodes that name a dialect: is the base there, and the adapter?")
 @JSON
-def check(path: Path | None, as_json: bool) -> None:
-    """Check the graph as a whole, and whether its master knows every node. Every problem is reported at once."""
+def check(path: Path | None, live: bool, as_json: bool) -> None:
+    """Check the graph as a whole, and whether its master knows every node. Every problem is reported at once.
+
+    With --live, a server that is not up yet is a note, not a problem.
+    """
     from lmgraph import bundles
     from lmgraph.files import Quiet, adapter_files, model_file, read_graph
     from lmgraph.master import fits
+    from lmgraph.workers.survey import survey
 
+    seen: list[str] = []
     try:
         given, folder = read_graph(path or settings().graph)
         name = given.master.bundle
@@ -94,15 +100,24 @@ def check(path: Path | None, as_json: bool) -> None:
         else:
             fits(given, bundles.read(name, folder).vocabulary)
         adapter_files(given, folder)
+        if live:
+            found = asyncio.run(survey(given))
+            seen = [f"node {one.node}: {one.note}" for one in found if one.note]
+            problems = tuple(f"node {one.node}: {one.problem}" for one in found if one.problem)
+            if problems:
+                listed = "\n".join(f"  - {problem}" for problem in problems)
+                raise GraphError(f"{len(problems)} of {len(found)} servers do not have what the graph names:\n{listed}", problems=problems)
+            if not found:
+                seen = ["no node names a dialect: there is no server to look at"]
     except LmgraphError as error:
         if as_json:
             print(json.dumps({"ok": False, "problems": list(getattr(error, "problems", ())) or [error.message]}))
             raise click.exceptions.Exit(2 if isinstance(error, UserError) else 1) from error
         raise
     if as_json:
-        print(json.dumps({"ok": True, "problems": [], "notes": notes(given), "nodes": len(given.nodes)}))
+        print(json.dumps({"ok": True, "problems": [], "notes": [*notes(given), *seen], "nodes": len(given.nodes)}))
     else:
-        for note in notes(given):
+        for note in (*notes(given), *seen):
             click.echo(f"note: {note}")
         click.echo(f"{len(given.nodes)} nodes, {sum(len(given.neighbours(n)) for n in (START, *given.nodes))} edges: nothing wrong.")
 
@@ -114,6 +129,8 @@ def check(path: Path | None, as_json: bool) -> None:
 @click.option("--model", default="qwen2.5-coder-1.5b", show_default=True, help="catalogue name, GGUF file, or the model's name on a server")
 @click.option("--url", "urls", multiple=True, help="base URL of an OpenAI-compatible server (repeat for replicas)")
 @click.option("--key-env", default="", help="environment variable that holds the server's key")
+@click.option("--dialect", type=click.Choice(DIALECTS), help="which server it is, where it puts adapters on its base")
+@click.option("--adapter", default="", help="the adapter that the server puts on --model for this node")
 @click.option("--system", default="", help="system prompt")
 @click.option(
     "--examples",
@@ -128,6 +145,8 @@ def add(
     model: str,
     urls: tuple[str, ...],
     key_env: str,
+    dialect: str | None,
+    adapter: str,
     system: str,
     examples: Path | None,
     path: Path,
@@ -147,7 +166,7 @@ def add(
             used |= set(vocabulary.nodes.values())
         token = token if token is not None else next(i for i in range(100_000) if i not in used)
     worker: dict[str, Any] = {"kind": "openai", "urls": list(urls), "model": model} if urls else {"kind": "embedded", "model": model}
-    worker.update({k: v for k, v in (("key_env", key_env), ("system", system)) if v})
+    worker.update({k: v for k, v in (("key_env", key_env), ("dialect", dialect), ("adapter", adapter), ("system", system)) if v})
     node = {"token": token, "description": description, "worker": worker}
 
     def change(data: Any) -> None:

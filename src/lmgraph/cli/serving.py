@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +16,9 @@ from lmgraph.cli import settings
 from lmgraph.cli.keeping import STORE
 from lmgraph.cli.run import PROFILE
 from lmgraph.errors import UserError
+
+if TYPE_CHECKING:
+    from lmgraph.runtime import Runtime
 
 
 @click.command()
@@ -70,6 +75,7 @@ def serve(
         click.echo(f"lmgraph serves {len(runtime.graph.nodes)} nodes at {at}/v1, its page at {at}/ (Ctrl-C stops)", err=True)
         if required:
             click.echo("An API key is asked for; make one: lmgraph keys create NAME", err=True)
+        _look(runtime)
         kept = Shielded(open_store(using.store))
         editor = Editor(runtime, graph_file(path or using.graph))
         guard = Guard(kept, required=required, local=loopback(host))
@@ -88,6 +94,17 @@ def serve(
         gc.freeze()  # what is loaded by now stays: the collector need not look at it again and again
         gc.set_threshold(5_000, 20, 50)
         uvicorn.Server(config).run([listener])
+
+
+def _look(runtime: Runtime) -> None:
+    """Say which servers do not have what the graph names. The gateway serves all the same: fallbacks answer, and it looks again."""
+    from lmgraph.workers.survey import survey
+
+    for found in asyncio.run(survey(runtime.graph)):
+        if found.problem:
+            click.secho(f"Node {found.node} cannot be answered by its server now: {found.problem}", fg="red", err=True)
+        elif found.note:
+            click.echo(f"Node {found.node}: {found.note}", err=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -190,7 +190,8 @@ def graph_tree(given: Graph) -> Tree:
         line.append(f"<fn_{node.token}> ", style="magenta")
         line.append(name, style="bold green")
         worker = node.worker
-        line.append(f"  {worker.kind} {worker.model}{' ' + ', '.join(worker.urls) if worker.urls else ''}", style="cyan")
+        model = f"{worker.model} + {worker.adapter}" if worker.adapter else worker.model
+        line.append(f"  {worker.kind} {model}{' ' + ', '.join(worker.urls) if worker.urls else ''}", style="cyan")
         line.append(f"  {node.description}", style="dim")
         if node.answer:
             line.append(_answering(node.answer) or "  one answers", style="yellow")

@@ -1,4 +1,4 @@
-"""HTTP/1.1 calls to workers: a body is posted, the answer's bytes are read as they come. llhttp (httptools) does the parsing.
+"""HTTP/1.1 calls to workers: a request is sent, the answer's bytes are read as they come. llhttp (httptools) does the parsing.
 
 It knows connections and when they can be used again, TLS and tunnels (RFC 9112, RFC 9110 section 9.3.6). It knows nothing of what is
 asked nor how a URL is read (target.py), follows no redirect and keeps no cookie. A general client costs more for each piece of an
@@ -42,10 +42,11 @@ class Client:
         self._all: set[Connection] = set()
         self._tls: ssl.SSLContext | None = None
 
-    async def post(self, target: Target, body: bytes, *, silence_s: float) -> Connection:
-        """Post; the answer's head is there when this returns. `silence_s` bounds every wait for the other side to say something.
+    async def send(self, target: Target, body: bytes, *, silence_s: float) -> Connection:
+        """Send the target's request with this body; the answer's head is there when this returns.
 
-        Raises NoConnection, BrokenOff, asyncio.TimeoutError, OSError (ssl.SSLError among them).
+        `silence_s` bounds every wait for the other side to say something. Raises NoConnection, BrokenOff,
+        asyncio.TimeoutError, OSError (ssl.SSLError among them).
         """
         request = b"%sContent-Length: %d\r\n\r\n%s" % (target.head, len(body), body)
         while True:
@@ -144,10 +145,11 @@ class _Tunnel(asyncio.Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """One connection and the answer that comes over it: `status`, `headers` (names in small letters), then `read` to its end."""
+    """One connection (since `opened`) and the answer that comes over it: `status`, `headers` (in small letters), `read` to its end."""
 
     def __init__(self, target: Target, free: Callable[[Connection], None], known: set[Connection]) -> None:
         self.target, self._free, self._known = target, free, known
+        self.opened = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)

@@ -2,25 +2,29 @@
 
 What goes wrong on the way becomes WorkerError or WorkerTimeout here. Several URLs are replicas (replicas.py chooses): a call goes on
 to another one when a replica fails before the first piece of its answer, and never after. It does not know how an answer is written
-(reading.py does), nor how bytes travel (http.py does).
+(reading.py does), how bytes travel (http.py does), nor how adapters are asked for where the graph names a dialect (dialects.py does).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lmgraph import quickjson
 from lmgraph.errors import WorkerError, WorkerStarting, WorkerTimeout
+from lmgraph.graph import WorkerSpec
 from lmgraph.types import Delta, Message
+from lmgraph.workers import dialects
+from lmgraph.workers.dialects import Wanted
 from lmgraph.workers.http import BrokenOff, Client, Connection
-from lmgraph.workers.reading import Reading, Refusal, refusal
+from lmgraph.workers.inventory import Inventory, Seen
+from lmgraph.workers.reading import Reading, Refusal, detail, refusal
 from lmgraph.workers.replicas import Replica, Replicas, wait_of
 from lmgraph.workers.target import Target, prepare
 
@@ -33,8 +37,8 @@ AGAIN_S = 1.0
 """between two tries of a server that is being started"""
 MANY = 100
 """targets (a URL and a key) that are remembered"""
-ELSEWHERE = {429, 500, 502, 503, 504}
-"""statuses after which another replica may do better"""
+ELSEWHERE = {424, 429, 500, 502, 503, 504}
+"""statuses after which another replica may do better (424: LoRAX could not generate)"""
 REACH = "Is the server running, and is the URL in graph.yaml right (it ends in /v1)?"
 HEADERS = {
     "Content-Type": "application/json",
@@ -51,7 +55,8 @@ class OpenAIWorker:
 
     `timeout_s` bounds the time until the first piece of an answer and between two pieces. Without `always_stream`, an answer that
     nobody needs in pieces is asked for whole, and that is its one piece. As long as no replica takes a connection, all are tried again
-    until `start_timeout_s` is over: they may be starting. `pick(n)`: a random number below n.
+    until `start_timeout_s` is over: they may be starting. `wanted`: the base and the adapter that a replica must have, where
+    the graph names a dialect; each is asked for them before its first answer. `pick(n)`: a random number below n.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class OpenAIWorker:
         start_timeout_s: float = 0,
         temperature: float | None = None,
         always_stream: bool = True,
+        wanted: Wanted | None = None,
         environment: Mapping[str, str] = os.environ,
         pick: Callable[[int], int] = random.randrange,
     ) -> None:
@@ -74,6 +80,23 @@ class OpenAIWorker:
         self._key_env, self._environment, self._always_stream = key_env, environment, always_stream
         self._client = Client(connect_s=min(timeout_s, CONNECT_S), idle_s=KEPT_S)
         self._targets: dict[tuple[str, str], Target] = {}
+        self._inventory = Inventory(wanted, self._client, silence_s=timeout_s) if wanted else None
+
+    @classmethod
+    def of(cls, spec: WorkerSpec, environment: Mapping[str, str] = os.environ) -> OpenAIWorker:
+        """The worker of a node, as the graph describes it."""
+        return cls(
+            spec.urls,
+            spec.model,
+            system=spec.system,
+            key_env=spec.key_env,
+            timeout_s=spec.timeout_s,
+            start_timeout_s=spec.start_timeout_s,
+            temperature=spec.temperature,
+            always_stream=spec.stream,
+            wanted=Wanted.of(spec) if spec.dialect else None,
+            environment=environment,
+        )
 
     async def stream(
         self,
@@ -85,8 +108,10 @@ class OpenAIWorker:
         whole: bool = False,
     ) -> AsyncIterator[Delta]:
         key = self._key()
-        body = self._body(messages, max_tokens, temperature, options or {}, streamed=self._always_stream or not whole)
+        request = self._request(messages, max_tokens, temperature, options or {}, streamed=self._always_stream or not whole)
+        body = b"" if self._inventory else quickjson.dumpb(request)
         tried: list[Replica] = []
+        renewed: list[Replica] = []
         last: Exception | None = None
         until, absent = time.monotonic() + self._start_timeout, True
         while True:
@@ -104,9 +129,14 @@ class OpenAIWorker:
             begun = verdict = False
             since = time.monotonic()
             try:
+                if self._inventory:
+                    has = await self._inventory.ready(replica, key)
+                    body = quickjson.dumpb(dialects.shape(self._inventory.wanted, has, request))
                 response = await self._post(replica, body, key)
                 if response.status != 200:
                     raise await self._refusal(replica, response)
+                if self._inventory and not await self._inventory.holds(replica, key, has, response.opened):
+                    raise refusal(f"{replica.name} was started anew with other adapters.", "", 404)
                 while not reading.over:
                     chunk = await response.read()
                     came = False
@@ -120,6 +150,8 @@ class OpenAIWorker:
                     elif not reading.over and time.monotonic() - since > self._timeout:  # it does send, but nothing of an answer
                         raise asyncio.TimeoutError
                 final = reading.last()
+                if self._inventory:
+                    final = replace(final, finish=dialects.ended(self._inventory.wanted.dialect, final.finish))
                 verdict = True
                 self._replicas.succeed(replica)
             except (WorkerError, asyncio.TimeoutError, OSError, ValueError) as caught:
@@ -127,6 +159,12 @@ class OpenAIWorker:
                 absent = absent and isinstance(last, WorkerStarting)
                 verdict = True
                 again = self._judge(replica, last)
+                if self._inventory and _doubtful(last):
+                    self._inventory.forget(replica)
+                    if getattr(last, "status", 0) == 404 and replica not in renewed:  # it was started anew, and has or numbers others
+                        renewed.append(replica)
+                        tried.remove(replica)
+                        again = True
                 if begun or not again:
                     raise last from (None if caught is last else caught)
                 continue
@@ -146,7 +184,28 @@ class OpenAIWorker:
         """How each replica does: url, outstanding, failures, open_until (on the clock of time.monotonic)."""
         return self._replicas.states()
 
+    async def look(self) -> list[Seen]:
+        """Whether each replica has what the graph names, in the order of the graph; [] where no dialect is named. Changes nothing.
+
+        Raises WorkerError where the key is missing.
+        """
+        if not self._inventory:
+            return []
+        inventory, key = self._inventory, self._key()
+
+        async def see(replica: Replica) -> Seen:
+            try:
+                return await inventory.see(replica, key)
+            except (WorkerError, asyncio.TimeoutError, OSError, ValueError) as caught:
+                error = self._mapped(replica.name, caught, key)
+                away = isinstance(caught, (asyncio.TimeoutError, OSError)) or getattr(caught, "status", 0) in (502, 503, 504)
+                return Seen(replica.name, note=f"it is not up yet: {error.args[0]}") if away else Seen(replica.name, str(error))
+
+        return await asyncio.gather(*map(see, self._replicas))
+
     async def close(self) -> None:
+        if self._inventory:
+            await self._inventory.close()
         self._client.close()
 
     async def _post(self, replica: Replica, body: bytes, key: str) -> Connection:
@@ -156,11 +215,11 @@ class OpenAIWorker:
             if len(self._targets) >= MANY:
                 self._targets.clear()
             target = self._targets[replica.url, key] = prepare(f"{replica.url}/chat/completions", headers)
-        return await self._client.post(target, body, silence_s=self._timeout)
+        return await self._client.send(target, body, silence_s=self._timeout)
 
-    def _body(
+    def _request(
         self, messages: Sequence[Message], max_tokens: int, temperature: float | None, options: Mapping[str, Any], streamed: bool
-    ) -> bytes:
+    ) -> dict[str, Any]:
         turns = [dict(m.raw) if m.raw is not None else {"role": m.role, "content": m.content} for m in messages]
         if self._system:
             turns = [{"role": "system", "content": self._system}, *(t for t in turns if t.get("role") != "system")]
@@ -173,7 +232,7 @@ class OpenAIWorker:
         heat = temperature if temperature is not None else self._temperature
         if heat is not None:
             body["temperature"] = heat
-        return quickjson.dumpb(body)
+        return body
 
     def _key(self) -> str:
         if not self._key_env:
@@ -192,18 +251,14 @@ class OpenAIWorker:
         seconds = wait_of(response.headers.get("retry-after", ""), time.time())
         if seconds is not None and response.status in ELSEWHERE:
             self._replicas.pause(replica, time.monotonic(), seconds)
-        try:
-            detail = json.loads(body)["error"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            detail = body[:2000].decode(errors="replace")
-        return refusal(f"{replica.name} answered {response.status}: ", detail, response.status)
+        return refusal(f"{replica.name} answered {response.status}: ", detail(body), response.status)
 
     def _judge(self, replica: Replica, error: Exception) -> bool:
         """Note what a failure says about the replica; whether another one may do better."""
         status, now = error.status if isinstance(error, Refusal) else 0, time.monotonic()
         if status == 429 and replica.paused_until > now:
             return True  # busy is not ill, and it said for how long
-        if 300 <= status < 500 and status != 429:
+        if 300 <= status < 500 and status not in ELSEWHERE:
             self._replicas.succeed(replica)  # it is well: it refuses this request
             return False
         self._replicas.fail(replica, now)
@@ -227,3 +282,9 @@ class OpenAIWorker:
                 f"{url} takes no connection, {waited}: {words or type(error).__name__}.", "It may be starting: ask again."
             )
         return WorkerError(f"{url} cannot be reached: {words or type(error).__name__}.", REACH)
+
+
+def _doubtful(error: Exception) -> bool:
+    """Whether a failure leaves it open what the server has; not where it only refused a request."""
+    status = getattr(error, "status", 0)
+    return status == 404 or not 400 <= status < 500

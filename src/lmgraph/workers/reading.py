@@ -17,8 +17,10 @@ from lmgraph.types import Delta
 LINE_LIMIT, BODY_LIMIT = 1 << 20, 16 << 20
 """bytes of one line (and of one event), bytes of an answer that is not streamed; a server that sends more is refused"""
 CONTENT = b'"content":"'
-TOO_LONG = re.compile(r"context.(?:length|size|window)", re.IGNORECASE)
-"""in the error of a server whose model has no room for a request (OpenAI, vLLM, llama.cpp)"""
+TOO_LONG = re.compile(r"context.(?:length|size|window)|inputs. (?:must have less than|tokens \+ .max_new_tokens)", re.IGNORECASE)
+"""in the error of a server whose model has no room for a request (OpenAI, vLLM, llama.cpp; LoRAX and TGI)"""
+STATUSES = {"validation": 422, "template_error": 422, "tool_error": 422, "overloaded": 429, "generation": 424, "incomplete_generation": 500}
+"""error_type -> the HTTP status that it stands for: LoRAX and TGI have begun a stream when they find out what is wrong with a request"""
 PLAIN_CHOICE, PLAIN_DELTA = frozenset({"index", "delta", "finish_reason"}), frozenset({"role", "content"})
 
 
@@ -203,7 +205,7 @@ class Reading:
             return None
         error = event.get("error")
         if error or self._failing:
-            raise refusal(f"{self._url} answered with an error: ", error or event)
+            raise refusal(f"{self._url} answered with an error: ", error or event, STATUSES.get(str(event.get("error_type")), 0))
         usage = event.get("usage")
         if usage and isinstance(usage, dict):
             self._usage.update((name, value) for name, value in usage.items() if isinstance(value, int))
@@ -225,6 +227,17 @@ class Reading:
             more = more or _more(choice, PLAIN_CHOICE) or (isinstance(delta, dict) and _more(delta, PLAIN_DELTA))
             more = more or (isinstance(content, list) and bool(content))
         return Delta(text, choices=tuple(choices) if more else ()) if text or more else None
+
+
+def detail(body: bytes) -> Any:
+    """What the body of an error says: its `error`, itself where it has a `message` (vLLM up to 0.9), else its first 2,000 bytes as text."""
+    try:
+        found = quickjson.loads(body)
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and ("error" in found or "message" in found):
+        return found.get("error", found)
+    return body[:2000].decode(errors="replace")
 
 
 def refusal(opening: str, error: Any, status: int = 0) -> Refusal:

@@ -8,7 +8,7 @@ and `release`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timezone
 from email.utils import parsedate_to_datetime
@@ -56,6 +56,10 @@ class Replicas:
     def __init__(self, urls: Sequence[str], pick: Callable[[int], int], failures: int = FAILURES) -> None:
         self._replicas = [Replica(url) for url in urls]
         self._pick, self._limit, self._calls = pick, failures, 0
+
+    def __iter__(self) -> Iterator[Replica]:
+        """Every replica, in the order of the graph."""
+        return iter(self._replicas)
 
     def choose(self, now: float, tried: Collection[Replica] = ()) -> Replica | None:
         """The replica for the next call, counted as taken until `release`; None when all were tried.

@@ -25,8 +25,8 @@ class Target:
     """what is sent to the proxy before TLS begins; b'': nothing"""
 
 
-def prepare(url: str, headers: Mapping[str, str]) -> Target:
-    """The target of posting to a URL with these headers; the environment may name a proxy. Raises ValueError for a URL that is none."""
+def prepare(url: str, headers: Mapping[str, str], method: str = "POST") -> Target:
+    """The target of a request to a URL with these headers; the environment may name a proxy. Raises ValueError for a URL that is none."""
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -45,7 +45,7 @@ def prepare(url: str, headers: Mapping[str, str]) -> Target:
         tunnel = f"CONNECT {there} HTTP/1.1\r\nHost: {there}\r\n".encode() + proxy[2] + b"\r\n"
     elif proxy:
         where = f"http://{authority}{path}"
-    head = f"POST {where} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items())
+    head = f"{method} {where} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items())
     if any(not 32 <= ord(c) < 127 for c in head.replace("\r\n", "")) or head.count("\n") != len(lines) + 1 or " " in where + authority:
         raise ValueError("it holds characters that no URL has")
     begun = head.encode() + (proxy[2] if proxy and not secure else b"")

@@ -18,7 +18,7 @@ export class Card {
   open(name, node, state) {
     this.name = name;
     const worker = node.worker ?? {};
-    const facts = [["Token", make("code", {}, token(node.token))], ["Worker", worker.kind], ["Model", worker.model], ["Servers", (worker.urls ?? []).map((url) => make("div", {}, url))],
+    const facts = [["Token", make("code", {}, token(node.token))], ["Worker", worker.kind], ["Model", worker.model], ["Adapter", worker.adapter && `${worker.adapter} (${worker.dialect})`], ["Servers", (worker.urls ?? []).map((url) => make("div", {}, url))],
       ["Key from", worker.key_env], ["System prompt", worker.system], ["Fallback", node.fallback && spoken(node.fallback)]];
     this.pinning = button("", () => this.actions.pin(this.actions.pinned() === name ? "" : name), { id: "node-pin" });
     this.replicas = make("dd");
