@@ -392,7 +392,7 @@ def test_the_environment_of_lmgraphs_own_containers_is_one_that_it_takes(name: s
     assert seen
 
 
-@pytest.mark.parametrize("name", ["builtin", "mixed", "external", "zero", "knative"])
+@pytest.mark.parametrize("name", ["builtin", "mixed", "external", "zero", "knative", "vllm", "lorax"])
 def test_the_graph_of_the_gateways_is_the_graph_asked_elsewhere(name: str) -> None:
     given, found = graph_of(EXAMPLES[name][0]), graphfile.of_dict(graph_in(name))
     assert (found.edges, found.master, found.answer, list(found.nodes)) == (given.edges, given.master, given.answer, list(given.nodes))

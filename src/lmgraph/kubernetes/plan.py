@@ -258,7 +258,7 @@ class _Planner:
             if engine.name == "llamacpp" and not (path.startswith(("./", "../", "/")) and path.endswith(".gguf")):
                 self.say(("workers", key, "adapters", node), f"found {path!r}, expected ./file.gguf beside the graph")
             place = self.seen(path, f"workers.{key}.adapters.{node}")
-            yield Adapter(node, said or (node if engine.name == "vllm" else place), place)
+            yield Adapter(node, (said or node) if engine.name == "vllm" else place, place)  # the others go by where they lie
 
     def rewritten(self, old: Mapping[str, Any], worker: Deployment, node: str) -> dict[str, Any]:
         """A node's worker as it is asked in the cluster."""

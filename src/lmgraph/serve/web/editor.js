@@ -30,6 +30,7 @@ const WORKER = [
   { name: "max_tokens", label: "Most tokens", as: number, mode: "numeric" },
   { name: "temperature", label: "Temperature", as: number, mode: "decimal" },
   { name: "timeout_s", label: "Time limit in seconds", as: number, mode: "decimal" },
+  { name: "start_timeout_s", label: "Wait for a start, in seconds", as: number, mode: "decimal" },
   { name: "retries", label: "Retries", as: number, mode: "numeric" },
 ];
 
