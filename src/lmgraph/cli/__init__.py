@@ -28,6 +28,7 @@ COMMANDS = {
     "bundle": ("weights", "Look at master bundles."),
     "train": ("training", "Train a master, fit rows, export a GGUF."),
     "evaluate": ("measuring", "Measure routers on data that was not used for training."),
+    "kubernetes": ("sizing", "Beyond one machine: how many of everything."),
     "completion": ("shell", "Print the completion script of a shell."),
 }
 
