@@ -315,7 +315,7 @@ def test_a_slice_finds_what_the_whole_finds(master: Master) -> None:
 
 
 def test_numbers_that_cannot_be_divided_are_named() -> None:
-    with pytest.raises(UserError, match="gateway.replicas is 8, workers.small.replicas is 16, workers.other.replicas is 8"):
+    with pytest.raises(UserError, match=r"gateway\.replicas is 8, workers\.small\.replicas is 16, workers\.other\.replicas is 8"):
         slice_of(whole(), 5)
 
 

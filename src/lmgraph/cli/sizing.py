@@ -57,6 +57,13 @@ SEED = click.option("--seed", type=int, default=0, show_default=True, help="of t
 )
 @click.option("--hardware", type=click.Choice(["gpu", "cpu"]), default="gpu", show_default=True, help="of the workers")
 @click.option(
+    "--balance",
+    type=click.Choice(["random", "two"]),
+    default="random",
+    show_default=True,
+    help="which replica gets a call: any, or the better of two",
+)
+@click.option(
     "--billions", "sizes", multiple=True, metavar="MODEL=N", help="billions of parameters of a model whose name does not tell (repeat)"
 )
 @click.option("--share", "shares", multiple=True, metavar="NODE=WEIGHT", help="how often a node is chosen (repeat; default: all alike)")
@@ -78,6 +85,7 @@ def size(
     load: float,
     master: str,
     hardware: str,
+    balance: str,
     sizes: tuple[str, ...],
     shares: tuple[str, ...],
     hops: float | None,
@@ -121,6 +129,7 @@ def size(
             billions=_pairs(sizes, "--billions", "MODEL=N"),
             shares=_pairs(shares, "--share", "NODE=WEIGHT"),
             hops=hops,
+            balance=balance,
             large=large,
         )
     made = _with_tokens(made, prompt, output)

@@ -72,12 +72,15 @@ def draft(
     billions: Mapping[str, float] | None = None,
     shares: Mapping[str, float] | None = None,
     hops: float | None = None,
+    balance: str = "random",
     large: float = LARGE_B,
 ) -> Draft:
     """The scenario of a graph at `rate` requests a second.
 
     `billions`: size of models whose name does not tell it. `shares`: weight of a node's queries (default: all alike). `hops`: worker calls
-    of a request (default: 1, or the voters of a vote). Raises UserError that names every model without a known size or server.
+    of a request (default: 1, or the voters of a vote). `balance`: as in Workers.
+
+    Raises UserError that names every model without a known size or server.
     """
     data, notes = known(), []
     weights = {name: float((shares or {}).get(name, 1.0)) for name in graph.nodes}
@@ -100,7 +103,7 @@ def draft(
             continue
         specs = [graph.nodes[name].worker for name in names]
         group = workers_of(row, model, sum(weights[name] for name in names) / total)
-        made.append(replace(group, timeout_s=max(s.timeout_s for s in specs), retries=min(s.retries for s in specs), balance="random"))
+        made.append(replace(group, timeout_s=max(s.timeout_s for s in specs), retries=min(s.retries for s in specs), balance=balance))
         notes.append(
             f"{model} ({len(names)} node{'s' if len(names) > 1 else ''}, {group.share:.0%} of the calls): {row['name']}, {row['slots']} "
             f"sequences, {row['prefill']:,} prompt tokens/s, {row['alone']:,} tokens/s alone, {row['total']:,} together. {_source(row)}"
@@ -138,6 +141,10 @@ def draft(
         f"Redis: {scenario.redis.work_ms:g} ms of its processor a request, {scenario.redis.calls} round trips of "
         f"{scenario.redis.trip_ms:g} ms. {_source(data['store'])}",
     )
+    if balance == "random":
+        notes.append(
+            "a call goes to any replica, as a Kubernetes Service chooses; where lmgraph knows each, to the better of two (--balance two)"
+        )
     gpu = f"master on a GPU: {_source(data['master']['gpu'])}"
     one = f"one large model: {large:g} billion parameters on {biggest['name']}. {_source(biggest)}"
     return Draft(scenario, _batched(data, rewriting), workers_of(biggest, "large"), (*first, gpu, *notes, one, f"prices: {data['prices']}"))

@@ -146,7 +146,8 @@ def least(scenario: Scenario, target: Target) -> Scenario:
 
 def slices_for(scenario: Scenario) -> int:
     """Into how many slices a scenario with these numbers may be cut: of the larger half of what is possible, where rounding costs least."""
-    limits = [scenario.arrivals.rate / SLICE_RATE, scenario.gateway.replicas]
+    limits = [scenario.arrivals.rate / SLICE_RATE]
+    limits += [scenario.gateway.replicas] if gateway_s(scenario) else []
     limits += [group.replicas / LEAST_REPLICAS for group in scenario.workers]
     most = max(1, int(min(limits)))
 
