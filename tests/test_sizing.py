@@ -250,7 +250,9 @@ def test_advice_takes_the_cheaper_master_and_compares_with_one_large_model() -> 
     assert alone(made).master.kind == "none" and alone(made).workers[0].share == 1
     told = "\n".join(advice.notes(found))
     assert "99 of 100 first tokens within 2 s" in told
-    assert found.turning is not None and "Masters on GPUs are cheaper" in told
+    assert found.turning is None and "cheaper at any rate" in told, "at this price"
+    cheap = replace(found, turning=67.4)
+    assert "Masters on GPUs are cheaper than one in every gateway from about 67 requests/s on." in advice.notes(cheap)
     json.dumps(found.to_json(), allow_nan=False)
     slow = replace(made, large=replace(made.large, prefill=10))
     assert "nobody waits" in str(advice.advise(slow, Target()).others[advice.NAMES["large"]]), "what cannot hold the target is said, not hidden"
@@ -340,3 +342,18 @@ def test_without_simpy_the_command_says_what_to_install(lmgraph: Run, monkeypatc
     monkeypatch.setitem(sys.modules, "simpy", None)
     done = lmgraph("kubernetes", "size", "--rate", "3")
     assert done.code == 2 and "pip install 'lmgraph[simulate]'" in done.err
+
+
+def test_curves_are_drawn_in_panels_over_one_axis() -> None:
+    pytest.importorskip("matplotlib")
+    from lmgraph.evaluate import pictures
+
+    points = [(1.0, 2.0), (10.0, 4.0)]
+    drawn = pictures.lines(
+        [{"value": "seconds", "curves": {"ours": points, "theirs": points}, "log": True}, {"value": "replicas", "curves": {"all": points}, "steps": True}], "rate", "A title", log=True
+    )
+    upper, lower = drawn.axes
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["ours", "theirs"]
+    assert [list(xy) for xy in upper.lines[0].get_xydata()] == [list(point) for point in points]
+    assert (upper.get_xscale(), upper.get_yscale(), lower.get_yscale()) == ("log", "log", "linear")
+    assert lower.lines[0].get_drawstyle() == "steps-post" and lower.get_xlabel() == "rate" and upper.get_title() == "A title"

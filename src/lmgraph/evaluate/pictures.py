@@ -173,7 +173,7 @@ def lines(panels: Sequence[Mapping[str, Any]], across: str, title: str, *, log: 
 
     Each panel has `value` (its axis) and `curves`: name -> points (x, y); `log` makes its own axis logarithmic, `steps` draws steps.
     """
-    figure = _figure(8.4, 0.8 + 2.5 * len(panels))
+    figure = _figure(9.6, 0.8 + 2.4 * len(panels))
     marks = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (GREY, ":", "D"))
     every: Any = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
     for (axes,), panel in zip(every, panels, strict=True):
@@ -184,7 +184,7 @@ def lines(panels: Sequence[Mapping[str, Any]], across: str, title: str, *, log: 
             axes.plot(*zip(*points), stroke, marker=mark, markersize=4, color=colour, linewidth=1.3, label=name, **style)
         axes.set_ylabel(panel["value"], fontsize=9)
         axes.grid(color="#eeeeee")
-        axes.legend(loc="best", frameon=False, fontsize=8)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
         if log:
             axes.set_xscale("log")
         if panel.get("log"):

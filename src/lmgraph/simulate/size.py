@@ -145,17 +145,19 @@ def least(scenario: Scenario, target: Target) -> Scenario:
 
 
 def slices_for(scenario: Scenario) -> int:
-    """Into how many slices a scenario with these numbers may be cut: of the larger half of what is possible, where rounding costs least."""
+    """Into how many slices a scenario with these numbers may be cut: of the larger half of what is possible, where rounding adds least."""
     limits = [scenario.arrivals.rate / SLICE_RATE]
     limits += [scenario.gateway.replicas] if gateway_s(scenario) else []
     limits += [group.replicas / LEAST_REPLICAS for group in scenario.workers]
     most = max(1, int(min(limits)))
 
-    def price(slices: int) -> float:
+    def excess(slices: int) -> float:
         made = rounded(scenario, slices)
-        return made.gateway.replicas * made.gateway.price + sum(group.replicas * group.price for group in made.workers)
+        pairs = [(made.gateway.replicas, scenario.gateway.replicas)] if gateway_s(scenario) else []
+        pairs += [(new.replicas, old.replicas) for new, old in zip(made.workers, scenario.workers, strict=True)]
+        return sum(new / old for new, old in pairs)
 
-    return min(range(most, most // 2, -1), key=price)
+    return min(range(most, most // 2, -1), key=excess)
 
 
 def rounded(scenario: Scenario, slices: int) -> Scenario:
