@@ -16,16 +16,17 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
     "files", "master", "execute", "voting", "limits", "ahead", "walking", "runtime", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
     "train.examples", "train.tasks", "train.tiny", "train.heads", "train.model", "train.loss", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.journal", "evaluate.mmludata", "evaluate.asking", "evaluate.mmlu", "evaluate.marks", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.planner", "evaluate.plans", "evaluate.taskbench", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign", "evaluate.facts", "evaluate.replay", "evaluate.competence", "evaluate.policies", "evaluate.standings",
     "kubernetes.names", "kubernetes.engines", "kubernetes.values", "kubernetes.reading", "kubernetes.plan", "kubernetes.pods", "kubernetes.memory", "kubernetes.gateway", "kubernetes.workers", "kubernetes.scaling", "kubernetes.serving", "kubernetes.traffic", "kubernetes.monitoring", "kubernetes.dashboard", "kubernetes.render",
+    "simulate.load", "simulate.scenario", "simulate.engine", "simulate.parts", "simulate.figures", "simulate.run", "simulate.draft", "simulate.size", "simulate.advice",
     "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.assigning", "cli.graphs", "cli.training", "cli.measuring", "cli.comparing", "cli.planning", "cli.replaying",
-    "cli.keeping", "cli.serving", "cli.clusters",
+    "cli.keeping", "cli.serving", "cli.clusters", "cli.sizing",
 ]
 HOMES = {
     "xllamacpp": {"engine"}, "torch": {"train.model", "train.loss", "train.tune"}, "transformers": {"train.model"}, "peft": {"train.tune"},
     "httpx": {"assets"}, "httptools": {"workers.http"}, "orjson": {"quickjson"}, "uvicorn": {"cli.serving"}, "prometheus_client": {"serve.metrics"}, "opentelemetry": {"serve.tracing"}, "gguf": {"bundles", "adapters", "train.tiny", "train.heads"}, "sklearn": {"evaluate.contestants", "evaluate.policies"}, "sentence_transformers": {"evaluate.contestants"}, "semantic_router": {"evaluate.contestants"}, "safetensors": {"bundles", "train.tune"},
-    "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile", "evaluate.outcomes", "kubernetes.render"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
+    "redis": {"store.redis"}, "sqlite3": {"store.sqlite", "store.sqlitefile"}, "yaml": {"graphfile", "evaluate.outcomes", "kubernetes.render", "simulate.scenario"}, "simpy": {"simulate.engine", "simulate.parts", "simulate.run", "cli.sizing"}, "ruamel": {"graphedit"}, "click": {n for n in ORDER if n.startswith("cli")},
     "rich": {n for n in ORDER if n.startswith("cli")} | {"evaluate.report"}, "matplotlib": {"train.plot", "evaluate.pictures"}, "pyarrow": {"evaluate.mmludata"},
 }
-PURE = {"errors", "quickjson", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "workers.replicas", "workers.reading", "workers.dialects", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "evaluate.statistics", "evaluate.assign", "evaluate.facts"} | {name for name in ORDER if name.startswith("kubernetes.")}
+PURE = {"errors", "quickjson", "types", "graph", "graphread", "graphfile", "graphschema", "tokens", "prompts", "rewrite", "vote", "plan", "workers.replicas", "workers.reading", "workers.dialects", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "evaluate.statistics", "evaluate.assign", "evaluate.facts", "simulate.scenario", "simulate.figures"} | {name for name in ORDER if name.startswith("kubernetes.")}
 IMPURE = {"asyncio", "os", "pathlib", "time", "socket", "subprocess", "random", "http", "urllib", "threading"}
 LOCAL_IMPORTS = {"graphedit", "engine", "bundles", "adapters", "assets", "store", "serve.tracing", "train.tiny", "train.heads", "train.model", "train.plot", "train.tune", "evaluate.pictures", "evaluate.contestants", "evaluate.masters", "evaluate.mmludata", "evaluate.policies"}
 BUDGET = 360
@@ -41,7 +42,7 @@ def rooms() -> dict[str, ast.Module]:
 
 
 ROOMS = rooms()
-SKIPPED = {"__init__", "__main__", "workers", "train", "evaluate", "kubernetes"}
+SKIPPED = {"__init__", "__main__", "workers", "train", "evaluate", "kubernetes", "simulate"}
 
 
 def imports(tree: ast.Module) -> list[tuple[str, int, bool]]:

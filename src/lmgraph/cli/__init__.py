@@ -24,7 +24,7 @@ COMMANDS = {
     "keys": ("keeping", "Make, list and revoke the gateway's API keys."),
     "cache": ("keeping", "Look after the gateway's cache of answers."),
     "graph": ("graphs", "Make, look at, check and edit graph.yaml."),
-    "kubernetes": ("clusters", "From a graph to the manifests of a cluster."),
+    "kubernetes": ("clusters", "From a graph to a cluster: manifests, sizes, simulation."),
     "pull": ("weights", "Fetch weights now instead of on first use."),
     "bundle": ("weights", "Look at master bundles."),
     "train": ("training", "Train a master, fit rows, export a GGUF."),

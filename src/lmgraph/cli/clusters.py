@@ -17,26 +17,33 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmgraph.assets import ELSEWHERE
-from lmgraph.cli import settings
+from lmgraph.cli import Lazy, settings
 from lmgraph.cli.run import JSON
 from lmgraph.errors import AssetError, DataError, UserError
 
 if TYPE_CHECKING:
     from lmgraph.kubernetes.values import Values
 
+TABLE = {
+    "render": ("clusters", "Render a graph to plain manifests."),
+    "values": ("clusters", "Print values.yaml with every default and what it means."),
+    "size": ("sizing", "How many gateways, masters and workers a rate needs, and what it costs."),
+    "simulate": ("sizing", "Play a scenario through: waiting times, failures, replicas, cost."),
+}
 
-@click.group()
+
+@click.group(cls=Lazy, table=TABLE)
 def kubernetes() -> None:
-    """From a graph to the manifests of a cluster."""
+    """From a graph to a cluster: its manifests, how many of everything, a simulation."""
 
 
-@kubernetes.command("values")
-def values_() -> None:
+@click.command()
+def values() -> None:
     """Print values.yaml with every default and what it means."""
     click.echo(defaults(), nl=False)
 
 
-@kubernetes.command()
+@click.command()
 @click.argument("path", metavar="[GRAPH]", type=click.Path(path_type=Path), required=False)
 @click.option("--values", "-f", "given", type=click.Path(path_type=Path), help="what differs from: lmgraph kubernetes values")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="write a folder with a kustomization (default: to stdout)")

@@ -1,4 +1,4 @@
-"""Pictures of figures: confusion matrix, reliability, accuracy against cost, bars. The one home of matplotlib beside train/plot.
+"""Pictures of figures: confusion matrix, reliability, accuracy against cost, bars, curves. The one home of matplotlib beside train/plot.
 
 Each function takes plain data and returns a matplotlib figure. Colours are told apart with any kind of colour vision (Okabe and
 Ito 2008) and never carry a meaning alone: names, marks or numbers say it too.
@@ -165,4 +165,32 @@ def bars(groups: Mapping[str, Mapping[str, float | None]], value: str, title: st
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.35 / figure.get_size_inches()[1]), ncols=min(4, len(series)), frameon=False, fontsize=8
     )
+    return figure
+
+
+def lines(panels: Sequence[Mapping[str, Any]], across: str, title: str, *, log: bool = False) -> Any:
+    """Curves in panels one below the other, over the same x axis (`across`; `log`: logarithmic).
+
+    Each panel has `value` (its axis) and `curves`: name -> points (x, y); `log` makes its own axis logarithmic, `steps` draws steps.
+    """
+    figure = _figure(9.6, 0.8 + 2.4 * len(panels))
+    marks = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (GREY, ":", "D"))
+    every: Any = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
+    for (axes,), panel in zip(every, panels, strict=True):
+        for number, (name, points) in enumerate(panel["curves"].items()):
+            colour, stroke, mark = marks[number % len(marks)]
+            style = {"drawstyle": "steps-post"} if panel.get("steps") else {}
+            mark = mark if len(points) <= 30 else ""
+            axes.plot(*zip(*points), stroke, marker=mark, markersize=4, color=colour, linewidth=1.3, label=name, **style)
+        axes.set_ylabel(panel["value"], fontsize=9)
+        axes.grid(color="#eeeeee")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+        if log:
+            axes.set_xscale("log")
+        if panel.get("log"):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+    every[-1][0].set_xlabel(across)
+    every[0][0].set_title(title, fontsize=11)
     return figure
