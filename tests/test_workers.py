@@ -689,6 +689,20 @@ def test_a_replica_that_fails_three_times_is_left_alone(serve: Callable[..., Sit
     assert len(bad.asked) < 10 and len(good.asked) == 40
 
 
+def test_a_worker_rests_while_all_its_replicas_are_left_alone(serve: Callable[..., Site]) -> None:
+    async def work() -> list[bool]:
+        worker = OpenAIWorker([serve(lambda post: post.status(503)).url for _ in range(2)], "m")
+        rests = [worker.resting]
+        for _ in range(3):
+            with suppress(WorkerError):
+                await all_of(worker)
+            rests.append(worker.resting)
+        await worker.close()
+        return rests
+
+    assert asyncio.run(work()) == [False, False, False, True]
+
+
 @pytest.mark.parametrize("header", ["30", "Fri, 31 Dec 2100 23:59:59 GMT"])
 def test_a_replica_that_says_when_to_come_back_is_left_alone_until_then(serve: Callable[..., Site], header: str) -> None:
     bad, good = serve(lambda post: post.status(429, Retry_After=header)), serve(stream(GOOD))

@@ -45,7 +45,10 @@ async def run(
     request = messages[-1].content
     steps = list(tried)
     last: OutsideError | None = None
-    for candidate in (node, *chain):
+    candidates = (node, *chain)
+    for candidate in candidates:
+        elsewhere = candidate is not candidates[-1]
+        worker: Worker | None = None
         attempts = 1 + candidate.worker.retries
         attempt = 1
         while True:
@@ -54,6 +57,8 @@ async def run(
             text: list[str] = []
             try:
                 worker = await open_worker(candidate)
+                if worker.resting and elsewhere:
+                    raise WorkerError("It is left alone for a while, as its last calls failed or it asked for that.")
                 limit = max_tokens or candidate.worker.max_tokens
                 stream = worker.stream(messages, max_tokens=limit, temperature=temperature, options=options, whole=whole)
                 seconds = candidate.worker.timeout_s
@@ -91,7 +96,8 @@ async def run(
                     request = messages[-1].content
                     continue
                 refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in (408, 429)
-                if attempt == attempts or refused or isinstance(error, (WorkerTimeout, EngineError)):
+                hopeless = refused or isinstance(error, (WorkerTimeout, EngineError))
+                if attempt == attempts or hopeless or (elsewhere and worker is not None and worker.resting):
                     steps.append(Step(candidate.name, request, "", took, 0.0, attempt, error.message))
                     yield steps[-1]
                     break

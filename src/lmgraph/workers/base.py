@@ -11,6 +11,11 @@ from lmgraph.types import Delta, Message
 class Worker(Protocol):
     """Answers conversations. Leaving the stream early stops the work behind it."""
 
+    @property
+    def resting(self) -> bool:
+        """Whether it is better not asked for a while, where somebody else can answer: it failed again and again, or says so itself."""
+        ...
+
     def stream(
         self,
         messages: Sequence[Message],

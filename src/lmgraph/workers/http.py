@@ -17,6 +17,7 @@ from typing import cast
 import httptools
 
 from lmgraph.patience import Patience
+from lmgraph.workers import liveness
 from lmgraph.workers.target import Target
 
 HEAD_LIMIT = 64 << 10
@@ -30,7 +31,7 @@ class BrokenOff(ConnectionError):
 
 
 class NoConnection(ConnectionError):
-    """There was no connection in time, or the proxy gives none."""
+    """There was no connection in time, the proxy gives none, or the other host is not heard of any more."""
 
 
 class Client:
@@ -237,6 +238,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._known.add(self)
+        liveness.watch(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         if self._idle:  # nobody has asked for anything
@@ -267,7 +269,7 @@ class Connection(asyncio.Protocol):
             self.over = True  # such an answer ends where its connection does
         self._idle = False
         if self._lost is None:
-            self._lost = BrokenOff(str(error) if error else "")
+            self._lost = (NoConnection if liveness.gone(error) else BrokenOff)(str(error) if error else "")
         self.close()
         self._wake()
 

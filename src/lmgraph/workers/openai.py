@@ -23,7 +23,9 @@ from lmgraph.workers.reading import Reading, Refusal, refusal
 from lmgraph.workers.replicas import Replica, Replicas, wait_of
 from lmgraph.workers.target import Target, prepare
 
-CONNECT_S = 10.0
+CONNECT_S = 5.0
+"""a host that is there answers at once, and a packet that was lost is sent again after 1 and 3 s; this long everybody waits who finds that
+a host is cut off"""
 KEPT_S = 4.0
 """how long an idle connection is kept: less than the 5 s after which many servers close theirs, or calls would run into that"""
 LINGER_S = 1.0
@@ -125,6 +127,10 @@ class OpenAIWorker:
             yield final
             return
         raise last or WorkerError("no URL is configured")
+
+    @property
+    def resting(self) -> bool:
+        return self._replicas.resting(time.monotonic())
 
     def states(self) -> list[dict[str, Any]]:
         """How each replica does: url, outstanding, failures, open_until (on the clock of time.monotonic)."""

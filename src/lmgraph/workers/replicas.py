@@ -82,6 +82,10 @@ class Replicas:
             chosen.probing = True
         return chosen
 
+    def resting(self, now: float) -> bool:
+        """Whether `choose` would take one only because an attempt is better than none: all are left alone, or being tried."""
+        return all(replica.open_until > now or replica.probing for replica in self._replicas)
+
     def begin(self, replica: Replica) -> None:
         """Its answer has begun: a breaker closes, but one failure opens it again, as long as no answer was finished."""
         replica.probing = False
