@@ -161,7 +161,7 @@ class Gateway:
         previous = call.echo["previous_response_id"]
         name = call.conversation.rpartition(".")[0] if previous else call.conversation or os.urandom(12).hex()
         talk = await self.memory.recall(call.ask, request.key, name)
-        if previous and not talk.turns and self.store.healthy:
+        if previous and not talk.turns and talk.recalled:
             words = f"There is no response {previous[:200]!r}."
             raise RequestError(words, param="previous_response_id", code="previous_response_not_found")
         await self._deliver(request, replace(call, conversation=name), talk, call.store)
