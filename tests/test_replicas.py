@@ -64,6 +64,15 @@ def test_three_failures_in_a_row_open_a_breaker_and_success_in_between_does_not_
     assert replica.open_until == 6.0
 
 
+def test_a_replica_that_is_gone_is_left_alone_after_one_failure() -> None:
+    replicas = Replicas(URLS[:1], first)
+    replica = take(replicas)
+    replicas.fail(replica, 3.0, gone=True)
+    assert replica.open_until == 4.0
+    replicas.fail(replica, 4.0, gone=True)
+    assert replica.open_until == 6.0
+
+
 def test_a_breaker_stays_open_twice_as_long_each_time_up_to_half_a_minute() -> None:
     replicas, now, waits = Replicas(URLS[:1], first), 0.0, []
     replica = fail(replicas, now, 3)

@@ -642,7 +642,13 @@ def test_a_replica_that_never_takes_the_call_is_passed_over(serve: Callable[...,
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(deaf.getsockname())
-        assert text_of(ask(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", good.url, timeout_s=1)) == "good morning"
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        assert text_of(ask(url, good.url, timeout_s=1)) == "good morning"
+        with pytest.raises(WorkerError, match="no connection in time") as caught:
+            ask(url, timeout_s=1)
+        assert not caught.value.again, "whoever waited that long need not wait again at once"
+        (state,) = calls(OpenAIWorker([url], "m", timeout_s=0.5), 1)
+        assert state["open_until"] > 0, "one such wait is enough"
 
 
 @pytest.mark.parametrize("status, again", [(400, False), (401, False), (403, False), (404, False), (422, False),

@@ -126,6 +126,8 @@ class OutsideError(LmgraphError):
     """Something that lmgraph calls has failed. `too_long`: the text had no room in the model; a shorter one may have."""
 
     code = "outside_error"
+    again = True
+    """whether the same call may do better a moment later"""
 
     def __init__(self, message: str, hint: str = "", *, too_long: bool = False) -> None:
         super().__init__(message, hint)
@@ -136,6 +138,7 @@ class EngineError(OutsideError):
     """llama.cpp refused a request or failed."""
 
     code = "engine_error"
+    again = False
 
 
 class WorkerError(OutsideError):
@@ -148,6 +151,7 @@ class WorkerTimeout(OutsideError):
     """A worker did not answer in time."""
 
     code = "worker_timeout"
+    again = False
 
 
 class StoreError(OutsideError):

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from functools import partial
 from typing import Any
 
-from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerTimeout
+from lmgraph.errors import OutsideError, WorkerError, WorkerTimeout
 from lmgraph.graph import Node
 from lmgraph.patience import Patience
 from lmgraph.types import Delta, Message, Step
@@ -96,8 +96,8 @@ async def run(
                     request = messages[-1].content
                     continue
                 refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in (408, 429)
-                hopeless = refused or isinstance(error, (WorkerTimeout, EngineError))
-                if attempt == attempts or hopeless or (elsewhere and worker is not None and worker.resting):
+                rests = elsewhere and worker is not None and worker.resting
+                if attempt == attempts or refused or rests or not error.again:
                     steps.append(Step(candidate.name, request, "", took, 0.0, attempt, error.message))
                     yield steps[-1]
                     break

@@ -18,7 +18,7 @@ from typing import Any
 from lmgraph import quickjson
 from lmgraph.errors import WorkerError, WorkerTimeout
 from lmgraph.types import Delta, Message
-from lmgraph.workers.http import BrokenOff, Client, Connection
+from lmgraph.workers.http import BrokenOff, Client, Connection, NoConnection
 from lmgraph.workers.reading import Reading, Refusal, refusal
 from lmgraph.workers.replicas import Replica, Replicas, wait_of
 from lmgraph.workers.target import Target, prepare
@@ -196,7 +196,7 @@ class OpenAIWorker:
         if 300 <= status < 500 and status != 429:
             self._replicas.succeed(replica)  # it is well: it refuses this request
             return False
-        self._replicas.fail(replica, now)
+        self._replicas.fail(replica, now, gone=isinstance(error, WorkerError) and not error.again)
         return isinstance(error, WorkerError) and (not status or status in ELSEWHERE)
 
     def _mapped(self, url: str, error: Exception, key: str) -> Exception:
@@ -211,4 +211,6 @@ class OpenAIWorker:
         words = str(error).replace(key, "***") if key else str(error)
         if isinstance(error, (BrokenOff, ConnectionResetError, BrokenPipeError)):
             words = words if isinstance(error, BrokenOff) and words else "it closed the connection before its answer was finished"
-        return WorkerError(f"{url} cannot be reached: {words or type(error).__name__}.", REACH)
+        found = WorkerError(f"{url} cannot be reached: {words or type(error).__name__}.", REACH)
+        found.again = not isinstance(error, NoConnection)  # it was waited for, long enough
+        return found
