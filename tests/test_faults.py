@@ -293,6 +293,24 @@ def test_a_gateway_that_is_killed_loses_no_answer_that_was_received_whole(toy_ma
         assert http.post("/v1/chat/completions", json={"model": "lmgraph/math", "messages": say("hello")}).status_code == 200
 
 
+def test_a_gateway_that_stops_tells_those_whose_answers_take_too_long(toy_master: Path, upstream: Upstream, tmp_path: Path) -> None:
+    with serving(faulty(toy_master, upstream.url, timeout_s=600), tmp_path, "--grace", "1") as found, ThreadPoolExecutor(1) as pool:
+        def ask() -> httpx.Response:
+            return httpx.post(f"{found}/v1/chat/completions", json={"model": "lmgraph/math", "messages": say("silence")}, timeout=60)
+
+        whole = pool.submit(ask)
+        while httpx.get(f"{found}/v1/live").json()["nodes"]["math"]["active"] != 1:
+            pass
+        body = {"model": "lmgraph/math", "messages": say("drip for ever"), "stream": True}
+        with httpx.stream("POST", f"{found}/v1/chat/completions", json=body, timeout=60) as answer:
+            events = answer.iter_lines()
+            assert next(events).startswith("data: ")
+            found.process.send_signal(signal.SIGTERM)
+            last = [line for line in events if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        assert whole.result().status_code == 503 and whole.result().json()["error"]["code"] == "stopping"
+
+
 def test_a_dead_redis_takes_no_answer_with_it_and_is_used_again_when_it_is_back(toy_master: Path, tmp_path: Path) -> None:
     server = RedisServer(tmp_path)
     with ExitStack() as stack:

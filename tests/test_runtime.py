@@ -227,7 +227,13 @@ def test_a_worker_that_takes_too_long_is_not_retried_but_replaced() -> None:
     assert workers["a"].left == 1
 
 
-@pytest.mark.parametrize("error", [WorkerTimeout("too slow"), EngineError("no memory")])
+def gone() -> WorkerError:
+    error = WorkerError("no connection in time")
+    error.again = False
+    return error
+
+
+@pytest.mark.parametrize("error", [WorkerTimeout("too slow"), EngineError("no memory"), gone()])
 def test_an_error_that_trying_again_would_not_mend_goes_on_to_the_next_node(error: OutsideError) -> None:
     workers = {"a": Acts(error), "b": Acts("whole", "")}
     assert [s.error for s in steps_of(workers) if isinstance(s, Step)] == [error.message, ""]

@@ -94,19 +94,8 @@ class Places:
 
     def _gateway(self, name: str) -> Process:
         host = self.hosts[name]
-        command = [
-            sys.executable,
-            "-m",
-            "lmgraph",
-            "serve",
-            "graph.yaml",
-            "--host",
-            host.address,
-            "--port",
-            str(PORT),
-            "--store",
-            self.store,
-        ]
+        at = ["--host", host.address, "--port", str(PORT), "--store", self.store, "--grace", str(TIMEOUT_S)]
+        command = [sys.executable, "-m", "lmgraph", "serve", "graph.yaml", *at]
         settings = {"LMGRAPH_CACHE": str(self.folder / "cache"), "LMGRAPH_THREADS": "1"}
         return Process(host, name, command, self.folder, ready="lmgraph serves", environment=settings)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hosts import Host, inside
 
-START_S, STOP_S = 120.0, 60.0
+START_S, STOP_S = 120.0, 90.0
 PAUSE_S = 0.02
 
 
@@ -115,11 +115,12 @@ class Balancer(Process):
             return b"".join(iter(lambda: link.recv(65536), b"")).decode()
 
     def states(self, backend: str) -> dict[str, str]:
-        """Server -> what HAProxy thinks of it: UP, DOWN, DRAIN, ..."""
+        """Server -> what HAProxy thinks of it: UP, DOWN, DRAIN, ...; UNKNOWN: it has not been asked yet, and gets requests all the same."""
         head, *rows = self.ask("show stat").removeprefix("# ").strip().splitlines()
         names = head.split(",")
         found = [dict(zip(names, row.split(","))) for row in rows]
-        return {row["svname"]: row["status"].split()[0] for row in found if row["pxname"] == backend and row["svname"] != "BACKEND"}
+        own = {row["svname"]: row for row in found if row["pxname"] == backend and row["svname"] != "BACKEND"}
+        return {name: "UNKNOWN" if "INI" in row["check_status"] else row["status"].split()[0] for name, row in own.items()}
 
 
 def program(name: str) -> str:

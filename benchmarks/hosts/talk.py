@@ -16,13 +16,14 @@ from typing import Any
 
 import httpx
 import openai
-
 from hosts import Host
 
 PAUSE_S = 0.05
 """between two turns of a talker"""
 TURNS = 8
 """turns of a conversation"""
+TOKENS = 8
+"""of an answer"""
 KEPT, UNKEPT, BROKEN, UNTYPED = "kept", "unkept", "connection", "untyped"
 GAVE_UP_S = 90.0
 """longer than any bound that is to be shown: a client that gives up hides what would have happened"""
@@ -32,6 +33,7 @@ GAVE_UP_S = 90.0
 class Turn:
     """One turn. Times are seconds of time.monotonic; `outcome` is KEPT, UNKEPT, or why there was no answer (a code)."""
 
+    talker: int
     conversation: str
     number: int
     model: str
@@ -68,23 +70,23 @@ def client(address: str, key: str, timeout_s: float = GAVE_UP_S) -> openai.OpenA
     return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=timeout_s)
 
 
-def ask(api: openai.OpenAI, conversation: str, number: int, model: str, *, stream: bool, max_tokens: int = 8) -> Turn:
-    """One turn of a conversation."""
+def ask(api: openai.OpenAI, conversation: str, number: int, model: str, *, stream: bool, talker: int = -1) -> Turn:
+    """One turn of a conversation, '' for one without a name."""
     text = f"Turn {number} of {conversation}."
     began = time.monotonic()
     about: dict[str, Any] = {}
 
     def ended(outcome: str, **more: Any) -> Turn:
-        return Turn(conversation, number, model, text, began, time.monotonic(), outcome, stream, **about, **more)
+        return Turn(talker, conversation, number, model, text, began, time.monotonic(), outcome, stream, **about, **more)
 
     try:
         raw = api.chat.completions.with_raw_response.create(
             model=model,
             messages=[{"role": "user", "content": text}],
-            max_tokens=max_tokens,
+            max_tokens=TOKENS,
             stream=stream,
             **({"stream_options": {"include_usage": True}} if stream else {}),
-            extra_body={"lmgraph": {"conversation": conversation}},
+            extra_body={"lmgraph": {"conversation": conversation}} if conversation else None,
         )
         about = {"gateway": raw.headers.get("x-served-by", ""), "node": raw.headers.get("x-lmgraph-node", "")}
         pieces: list[Any] = list(raw.parse()) if stream else [raw.parse()]
@@ -113,9 +115,10 @@ def ask(api: openai.OpenAI, conversation: str, number: int, model: str, *, strea
 class Talkers:
     """So many talkers on a host, until the block ends. `turns` grows as they end."""
 
-    def __init__(self, host: Host, address: str, key: str, models: Sequence[str], count: int, name: str) -> None:
+    def __init__(self, host: Host, address: str, key: str, models: Sequence[str], count: int) -> None:
         self.turns: list[Turn] = []
-        self._host, self._address, self._key, self._models, self._name = host, address, key, models, name
+        self.count = count
+        self._host, self._address, self._key, self._models = host, address, key, models
         self._over = threading.Event()
         self._news = threading.Condition()
         self._threads = [threading.Thread(target=self._talk, args=(i,), daemon=True) for i in range(count)]
@@ -144,7 +147,7 @@ class Talkers:
                 if number == TURNS:
                     number, conversation = 0, conversation + 1
                 model = self._models[(talker + conversation) % len(self._models)]
-                turn = ask(api, f"{self._name}-{talker}-{conversation}", number, model, stream=(talker + number) % 2 == 0)
+                turn = ask(api, f"talk-{talker}-{conversation}", number, model, stream=(talker + number) % 2 == 0, talker=talker)
                 number += 1
                 with self._news:
                     self.turns.append(turn)

@@ -121,6 +121,8 @@ class Gateway:
             await known[request.method](request, key)
         except Gone:
             request.status = request.status or 499
+        except asyncio.CancelledError:  # the server stops, and waits no longer
+            await request.fail(RequestError("The gateway stops before this answer is finished.", "Ask again.", code="stopping", status=503))
         except LmgraphError as error:
             await request.fail(error)
         except Exception:

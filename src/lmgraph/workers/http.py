@@ -43,15 +43,17 @@ class Client:
         self._all: set[Connection] = set()
         self._tls: ssl.SSLContext | None = None
 
-    async def post(self, target: Target, body: bytes, *, silence_s: float) -> Connection:
+    async def post(self, target: Target, body: bytes, *, silence_s: float, connect_s: float | None = None) -> Connection:
         """Post; the answer's head is there when this returns. `silence_s` bounds every wait for the other side to say something.
+
+        `connect_s` bounds the wait for a connection where it is given, in place of what the client was made with.
 
         Raises NoConnection, BrokenOff, asyncio.TimeoutError, OSError (ssl.SSLError among them).
         """
         request = b"%sContent-Length: %d\r\n\r\n%s" % (target.head, len(body), body)
         while True:
             kept = self._kept(target)
-            connection = kept or await self._connect(target)
+            connection = kept or await self._connect(target, self._connect_s if connect_s is None else connect_s)
             connection.ask(request, silence_s)
             try:
                 await connection.answer()
@@ -86,9 +88,9 @@ class Client:
             idle.pop(0)[0].close()
         idle.append((connection, now + self._idle_s))
 
-    async def _connect(self, target: Target) -> Connection:
+    async def _connect(self, target: Target, seconds: float) -> Connection:
         secure, host, port = target.origin
-        patience = Patience(self._connect_s, partial(NoConnection, "no connection in time"))
+        patience = Patience(seconds, partial(NoConnection, "no connection in time"))
         try:
             with patience:
                 return await self._open(target, secure, host, port)

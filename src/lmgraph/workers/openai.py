@@ -26,6 +26,8 @@ from lmgraph.workers.target import Target, prepare
 CONNECT_S = 5.0
 """a host that is there answers at once, and a packet that was lost is sent again after 1 and 3 s; this long everybody waits who finds that
 a host is cut off"""
+PROBE_S = 1.5
+"""the same for the call that tries whether a replica is back: somebody waits for it"""
 KEPT_S = 4.0
 """how long an idle connection is kept: less than the 5 s after which many servers close theirs, or calls would run into that"""
 LINGER_S = 1.0
@@ -146,7 +148,8 @@ class OpenAIWorker:
             if len(self._targets) >= MANY:
                 self._targets.clear()
             target = self._targets[replica.url, key] = prepare(f"{replica.url}/chat/completions", headers)
-        return await self._client.post(target, body, silence_s=self._timeout)
+        connect_s = min(self._timeout, PROBE_S) if replica.probing else None
+        return await self._client.post(target, body, silence_s=self._timeout, connect_s=connect_s)
 
     def _body(
         self, messages: Sequence[Message], max_tokens: int, temperature: float | None, options: Mapping[str, Any], streamed: bool
