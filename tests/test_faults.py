@@ -129,6 +129,13 @@ def address(toy_master: Path, upstream: Upstream, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
+def well(address: Address) -> None:
+    """Node law has just answered: what failed before is forgotten, and it is asked again before its fallback is."""
+    while httpx.post(f"{address}/v1/chat/completions", json={"model": "lmgraph/law", "messages": say("hello")}, timeout=60).headers["x-lmgraph-node"] != "law":
+        pass
+
+
+@pytest.fixture
 def client(address: Address) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as made:
         yield made
@@ -145,6 +152,7 @@ def test_a_worker_that_fails_before_its_first_piece_is_a_status(client: openai.O
     assert caught.value.status_code == status and caught.value.code in ("worker_error", "worker_timeout") and "math" in caught.value.message
 
 
+@pytest.mark.usefixtures("well")
 @pytest.mark.parametrize("fault", BEFORE)
 def test_its_fallback_answers_and_is_named(client: openai.OpenAI, fault: str) -> None:
     raw = client.chat.completions.with_raw_response.create(model="lmgraph/law", messages=say(fault), extra_body={"lmgraph": {"trace": True}})
@@ -153,8 +161,25 @@ def test_its_fallback_answers_and_is_named(client: openai.OpenAI, fault: str) ->
     assert answer.choices[0].message.content == "health answers"
     steps = (answer.model_extra or {})["lmgraph"]["trace"]["steps"]
     assert [s["node"] for s in steps] == ["law", "health"] and steps[0]["error"] and not steps[1]["error"]
+    assert "left alone" not in steps[0]["error"]
 
 
+def test_a_node_that_fails_again_and_again_is_left_alone_and_its_fallback_answers_at_once(address: Address) -> None:
+    """Or each request would wait for what has failed before: the time of a connect, where a host is cut off."""
+    with httpx.Client(base_url=address, timeout=60) as http:
+        def ask(text: str) -> tuple[str, str]:
+            body = {"model": "lmgraph/law", "messages": say(text), "lmgraph": {"trace": True}}
+            told = http.post("/v1/chat/completions", json=body).json()
+            return told["model"], told["lmgraph"]["trace"]["steps"][0]["error"]
+
+        while "left alone" not in (said := ask("status 500"))[1]:
+            assert said[0] == "lmgraph/health" and "answered 500" in said[1]
+        assert said[0] == "lmgraph/health"
+        while ask("hello") != ("lmgraph/law", ""):  # when its time is over it is tried again
+            pass
+
+
+@pytest.mark.usefixtures("well")
 @pytest.mark.parametrize("node", ["math", "law"])
 @pytest.mark.parametrize("fault", AMID)
 def test_a_stream_that_breaks_ends_with_an_error_and_never_with_a_fake_end(address: Address, fault: str, node: str) -> None:
@@ -268,6 +293,24 @@ def test_a_gateway_that_is_killed_loses_no_answer_that_was_received_whole(toy_ma
         assert http.post("/v1/chat/completions", json={"model": "lmgraph/math", "messages": say("hello")}).status_code == 200
 
 
+def test_a_gateway_that_stops_tells_those_whose_answers_take_too_long(toy_master: Path, upstream: Upstream, tmp_path: Path) -> None:
+    with serving(faulty(toy_master, upstream.url, timeout_s=600), tmp_path, "--grace", "1") as found, ThreadPoolExecutor(1) as pool:
+        def ask() -> httpx.Response:
+            return httpx.post(f"{found}/v1/chat/completions", json={"model": "lmgraph/math", "messages": say("silence")}, timeout=60)
+
+        whole = pool.submit(ask)
+        while httpx.get(f"{found}/v1/live").json()["nodes"]["math"]["active"] != 1:
+            pass
+        body = {"model": "lmgraph/math", "messages": say("drip for ever"), "stream": True}
+        with httpx.stream("POST", f"{found}/v1/chat/completions", json=body, timeout=60) as answer:
+            events = answer.iter_lines()
+            assert next(events).startswith("data: ")
+            found.process.send_signal(signal.SIGTERM)
+            last = [line for line in events if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        assert whole.result().status_code == 503 and whole.result().json()["error"]["code"] == "stopping"
+
+
 def test_a_dead_redis_takes_no_answer_with_it_and_is_used_again_when_it_is_back(toy_master: Path, tmp_path: Path) -> None:
     server = RedisServer(tmp_path)
     with ExitStack() as stack:
@@ -279,18 +322,47 @@ def test_a_dead_redis_takes_no_answer_with_it_and_is_used_again_when_it_is_back(
             body = {"model": "lmgraph/math", "messages": say("hello"), "temperature": 0, "lmgraph": {"conversation": name}}
             return http.post("/v1/chat/completions", json=body)
 
-        assert chat("before").status_code == 200 and http.get("/v1/history/before").status_code == 200
+        assert "lmgraph" not in chat("before").json() and http.get("/v1/history/before").status_code == 200
         assert chat("other").headers["x-lmgraph-cache"] == "hit"
         server.stop()
-        assert chat("during").status_code == 200
+        during = chat("during")
+        assert during.status_code == 200 and during.json()["lmgraph"] == {"recalled": False, "kept": False}
         assert http.get("/readyz").json()["store"] is False and "lmgraph_store_up 0.0" in http.get("/metrics").text
-        gone = http.delete("/v1/history/before")
-        assert gone.status_code == 503 and gone.json()["error"]["code"] == "store_error"
+        for method, path in (("DELETE", "/before"), ("GET", "/before"), ("GET", ""), ("GET", "?node=math")):
+            gone = http.request(method, f"/v1/history{path}")
+            assert gone.status_code == 503 and gone.json()["error"]["code"] == "store_error", "a conversation that cannot be read is there all the same"
         server.start()
         while not http.get("/readyz").json()["store"]:
             pass
-        assert chat("after").status_code == 200 and http.get("/v1/history/after").status_code == 200
+        assert "lmgraph" not in chat("after").json() and http.get("/v1/history/after").status_code == 200
         assert "lmgraph_turns_dropped 1.0" in http.get("/metrics").text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("messages", "notes"), [
+    (say("new"), {"recalled": False, "kept": False}),
+    ([*say("old"), {"role": "assistant", "content": "yes"}, *say("new")], {"kept": False}),
+])
+def test_an_answer_says_when_its_turn_is_not_kept_and_when_the_turns_before_are_missing(
+        toy_master: Path, tmp_path: Path, messages: list[Any], notes: dict[str, bool], stream: bool) -> None:
+    """A store that was never there. Whoever sends the whole conversation misses nothing of it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"redis://127.0.0.1:{free.getsockname()[1]}/0"
+    with serving(toy_graph(toy_master), tmp_path, store=nobody) as found, openai.OpenAI(base_url=f"{found}/v1", api_key="x", max_retries=0) as client:
+        def ask(**more: Any) -> Any:
+            return client.chat.completions.create(model="lmgraph/math", messages=messages, stream=stream, **more)
+
+        def own(answer: Any) -> list[Any]:
+            pieces = list(answer) if stream else [answer]
+            assert all(piece.choices for piece in pieces)
+            return [piece.model_extra["lmgraph"] for piece in pieces if "lmgraph" in (piece.model_extra or {})]
+
+        assert own(ask(extra_body={"lmgraph": {"conversation": "c"}})) == [notes]
+        unkept = own(ask(extra_headers={"cache-control": "no-store"}, extra_body={"lmgraph": {"conversation": "c"}}))
+        assert unkept == [{"recalled": False}] * ("recalled" in notes), "who wants nothing kept is not told that nothing is"
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.get("/history/c", cast_to=object)
+        assert caught.value.code == "store_error"
 
 
 def test_a_keys_concurrent_requests_are_counted_over_all_gateways_of_a_redis(toy_master: Path, upstream: Upstream, tmp_path: Path) -> None:

@@ -64,6 +64,15 @@ def test_three_failures_in_a_row_open_a_breaker_and_success_in_between_does_not_
     assert replica.open_until == 6.0
 
 
+def test_a_replica_that_is_gone_is_left_alone_after_one_failure() -> None:
+    replicas = Replicas(URLS[:1], first)
+    replica = take(replicas)
+    replicas.fail(replica, 3.0, gone=True)
+    assert replica.open_until == 4.0
+    replicas.fail(replica, 4.0, gone=True)
+    assert replica.open_until == 6.0
+
+
 def test_a_breaker_stays_open_twice_as_long_each_time_up_to_half_a_minute() -> None:
     replicas, now, waits = Replicas(URLS[:1], first), 0.0, []
     replica = fail(replicas, now, 3)
@@ -133,6 +142,21 @@ def test_when_all_are_open_the_one_that_opens_soonest_is_tried_anyway() -> None:
     for _ in URLS:
         order.append(take(replicas, 1.0, *order))
     assert [r.open_until for r in order] == [5, 7, 9]
+
+
+def test_replicas_rest_while_each_is_left_alone_or_being_tried() -> None:
+    replicas = Replicas(URLS[:2], first)
+    one = take(replicas)
+    for _ in range(3):
+        replicas.fail(one, 0.0)
+    replicas.release(one)
+    assert not replicas.resting(0.5), "the other one is well"
+    two = take(replicas, 0.5)
+    replicas.pause(two, 0.5, 10)
+    assert replicas.resting(0.9) and not replicas.resting(1.0)
+    assert take(replicas, 1.0) is one and replicas.resting(1.0), "it is being tried"
+    replicas.begin(one)
+    assert not replicas.resting(1.0)
 
 
 def test_a_replica_that_asked_for_rest_gets_it_though_an_older_answer_is_finished() -> None:

@@ -183,11 +183,11 @@ def test_a_stream_has_the_documented_order_and_adds_up_to_the_whole_response(tex
     assert (whole.id, whole.output[0].id, whole.model, whole.created_at, whole.error) == ("resp_1", "msg_1", "lmgraph/law", 7, None)
 
 
-def test_the_trace_is_in_the_last_event_and_in_the_whole_response() -> None:
+def test_the_trace_and_what_went_wrong_with_memory_are_in_the_last_event_and_in_the_whole_response() -> None:
     last = Delta(done=True, finish="stop")
-    found = events(writer().end(last, trace={"steps": []}))
-    whole = Response.model_validate_json(writer().completion([last], {"steps": []}))
-    assert found[-1].response.model_extra == whole.model_extra and (whole.model_extra or {})["lmgraph"] == {"trace": {"steps": []}}
+    found = events(writer().end(last, trace={"steps": []}, notes={"kept": False}))
+    whole = Response.model_validate_json(writer().completion([last], {"steps": []}, {"kept": False}))
+    assert found[-1].response.model_extra == whole.model_extra and (whole.model_extra or {})["lmgraph"] == {"trace": {"steps": []}, "kept": False}
 
 
 def test_an_error_in_the_middle_is_an_error_event_and_a_failed_response_with_the_text_so_far() -> None:

@@ -180,6 +180,7 @@ class Acts:
 
     def __init__(self, *acts: str | OutsideError | None) -> None:
         self.acts, self.asked, self.left = acts, 0, 0
+        self.resting = False
 
     async def stream(self, messages: Sequence[Message], *, max_tokens: int, temperature: float | None = None,
                      options: Mapping[str, object] | None = None, whole: bool = False) -> AsyncIterator[Delta]:
@@ -226,11 +227,39 @@ def test_a_worker_that_takes_too_long_is_not_retried_but_replaced() -> None:
     assert workers["a"].left == 1
 
 
-@pytest.mark.parametrize("error", [WorkerTimeout("too slow"), EngineError("no memory")])
+def gone() -> WorkerError:
+    error = WorkerError("no connection in time")
+    error.again = False
+    return error
+
+
+@pytest.mark.parametrize("error", [WorkerTimeout("too slow"), EngineError("no memory"), gone()])
 def test_an_error_that_trying_again_would_not_mend_goes_on_to_the_next_node(error: OutsideError) -> None:
     workers = {"a": Acts(error), "b": Acts("whole", "")}
     assert [s.error for s in steps_of(workers) if isinstance(s, Step)] == [error.message, ""]
     assert workers["a"].asked == 1
+
+
+def test_a_worker_that_rests_is_passed_over_unless_nobody_else_is_left() -> None:
+    workers = {"a": Acts("whole", ""), "b": Acts("whole", ""), "c": Acts(WorkerError("out of order"))}
+    workers["a"].resting = workers["c"].resting = True
+    items = steps_of(workers)
+    assert [(s.node, "left alone" in s.error) for s in items if isinstance(s, Step)] == [("a", True), ("b", False)]
+    assert (workers["a"].asked, workers["b"].asked) == (0, 1)
+    with pytest.raises(WorkerError, match=r"a: It is left alone .*, c: out of order"):
+        steps_of({name: workers[name] for name in "ac"})
+    assert (workers["a"].asked, workers["c"].asked) == (0, 3), "an attempt is better than none"
+
+
+def test_a_worker_that_begins_to_rest_is_not_tried_again() -> None:
+    class Tires(Acts):
+        async def stream(self, messages: Sequence[Message], **rest: Any) -> AsyncIterator[Delta]:
+            self.resting = True
+            async for delta in super().stream(messages, **rest):
+                yield delta
+
+    workers = {"a": Tires(WorkerError("out of order")), "b": Acts("whole", "")}
+    assert [(s.node, s.attempts, s.error) for s in steps_of(workers) if isinstance(s, Step)] == [("a", 1, "out of order"), ("b", 1, "")]
 
 
 def test_when_all_take_too_long_it_is_a_timeout_that_names_each() -> None:

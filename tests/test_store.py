@@ -725,13 +725,14 @@ def test_a_dead_store_costs_requests_nothing(caplog: pytest.LogCaptureFixture) -
     async def work(store: Shielded) -> None:
         assert store.healthy
         for i in range(100):
-            await store.append(a_turn(i))
+            with pytest.raises(StoreError):
+                await store.append(a_turn(i))
             assert await store.cached("k") is None
-            assert await store.turns("c", 1) == await store.conversations(1) == await store.recent(None, 1) == []
             await store.keep("k", b"v", 60)
             assert (await store.take("b", 60, 2, 1000.0) == 0) is (i < 2)
         assert (broken.asked, store.dropped, store.healthy) == (1, 100, False)
-        for call in (store.forget("c"), store.purge(), store.keys(), store.key("d"), store.ping()):
+        for call in (store.forget("c"), store.purge(), store.keys(), store.key("d"), store.ping(), store.turns("c", 1),
+                     store.conversations(1), store.recent(None, 1)):
             with pytest.raises(StoreError, match="disk has gone") as caught:
                 await call
             assert caught.value.hint == "Look for it."
@@ -744,7 +745,7 @@ def test_a_dead_store_costs_requests_nothing(caplog: pytest.LogCaptureFixture) -
 
 def test_the_shield_asks_by_itself_whether_the_store_is_back(caplog: pytest.LogCaptureFixture) -> None:
     async def work(store: Shielded) -> None:
-        await asyncio.gather(*(store.append(a_turn(i)) for i in range(5)))
+        assert all(isinstance(lost, StoreError) for lost in await asyncio.gather(*(store.append(a_turn(i)) for i in range(5)), return_exceptions=True))
         await until(lambda: broken.asked > 8)
         assert not store.healthy
         broken.broken = False
@@ -793,9 +794,12 @@ def test_a_gateway_outlives_its_redis(tmp_path: Path, caplog: pytest.LogCaptureF
         assert await store.revoke(revoked.id)
 
         server.stop()
-        await asyncio.gather(*(store.append(a_turn(i)) for i in range(20)))
+        lost = await asyncio.gather(*(store.append(a_turn(i)) for i in range(20)), return_exceptions=True)
+        assert all(isinstance(error, StoreError) for error in lost), "nobody is told that a turn is kept when it is not"
         assert (store.healthy, store.dropped) == (False, 20)
-        assert await store.turns("c", 9) == [] and await store.cached("k") is None
+        with pytest.raises(StoreError):
+            await store.turns("c", 9)
+        assert await store.cached("k") is None
         assert [await store.take("b", 60, 2, 1000.0) > 0 for _ in range(3)] == [False, False, True]
         assert await store.key(seen.digest) == seen
         for key in (unseen, revoked):

@@ -77,6 +77,19 @@ def test_the_pieces_of_a_stream_add_up_to_the_whole_answer(texts: list[str]) -> 
     assert {(e["id"], e["model"], e["created"], e["object"]) for e in found} == {("chatcmpl-1", "lmgraph/law", 7, "chat.completion.chunk")}
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_went_wrong_with_memory_rides_on_the_piece_that_ends_the_answer(asked: bool) -> None:
+    """Not on a piece of its own: clients that asked for none expect a choice in every piece."""
+    last, notes = Delta(done=True, finish="stop"), {"kept": False}
+    trace = {"steps": []} if asked else None
+    found = events(wire.Writer("i", "m", 1).end(last, include_usage=asked, trace=trace, notes=notes))
+    assert found[0]["choices"][0]["finish_reason"] == "stop" and found[0]["lmgraph"] == notes
+    assert [e["lmgraph"] for e in found[1:]] == ([{"trace": trace}] if asked else [])
+    whole = json.loads(wire.Writer("i", "m", 1).completion([last], trace, notes))
+    assert whole["lmgraph"] == ({"trace": trace} if asked else {}) | notes
+    assert "lmgraph" not in json.loads(wire.Writer("i", "m", 1).completion([last], None, {}))
+
+
 def test_tool_calls_and_several_choices_are_folded() -> None:
     def piece(*choices: dict[str, Any]) -> Delta:
         return Delta(choices=choices)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -14,6 +16,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmgraph.workers import liveness
 from lmgraph.workers.http import AHEAD, BrokenOff, Client, NoConnection
 from lmgraph.workers.target import prepare
 
@@ -298,3 +301,22 @@ def test_a_proxy_of_an_unknown_kind_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
     with pytest.raises(ValueError, match="socks5"):
         prepare("http://worker.invalid/", {})
+
+
+# --- hosts that are gone (with real links that are cut: test_hosts.py) ---
+
+
+def test_the_system_asks_for_us_whether_the_other_host_is_still_there() -> None:
+    with socket.socket() as end:
+        liveness.watch(end)
+        assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        for name, value in liveness.OPTIONS.items():
+            if hasattr(socket, name):
+                assert end.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
+
+
+@pytest.mark.parametrize(("error", "is_gone"), [
+    (OSError(errno.ETIMEDOUT, "timed out"), True), (OSError(errno.EHOSTUNREACH, "no route"), True), (ConnectionResetError(errno.ECONNRESET, "reset"), False),
+    (ValueError("x"), False), (None, False)])
+def test_a_host_that_says_something_is_there(error: Exception | None, is_gone: bool) -> None:
+    assert liveness.gone(error) is is_gone

@@ -631,18 +631,50 @@ def test_a_replica_that_refuses_is_passed_over(serve: Callable[..., Site], refus
     assert len(bad.asked) == len(good.asked) == 1
 
 
+def deafened(stack: ExitStack) -> str:
+    """The URL of a listener that answers no call: its queue is full."""
+    deaf = stack.enter_context(socket.socket())
+    deaf.bind(("127.0.0.1", 0))
+    deaf.listen(0)
+    for _ in range(4):
+        waiting = stack.enter_context(socket.socket())
+        waiting.setblocking(False)
+        waiting.connect_ex(deaf.getsockname())
+    return f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a listener that answers no call: a full queue does that on Linux")
 def test_a_replica_that_never_takes_the_call_is_passed_over(serve: Callable[..., Site]) -> None:
     good = serve(stream(GOOD))
     with ExitStack() as stack:
-        deaf = stack.enter_context(socket.socket())
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(deaf.getsockname())
-        assert text_of(ask(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", good.url, timeout_s=1)) == "good morning"
+        url = deafened(stack)
+        assert text_of(ask(url, good.url, timeout_s=1)) == "good morning"
+        with pytest.raises(WorkerError, match="no connection in time") as caught:
+            ask(url, timeout_s=1)
+        assert not caught.value.again, "whoever waited that long need not wait again at once"
+        (state,) = calls(OpenAIWorker([url], "m", timeout_s=0.5), 1)
+        assert state["open_until"] > 0, "one such wait is enough"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a listener that answers no call: a full queue does that on Linux")
+def test_the_call_that_tries_whether_a_replica_is_back_does_not_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmgraph.workers.openai.CONNECT_S", 2.0)
+    monkeypatch.setattr("lmgraph.workers.openai.PROBE_S", 0.1)
+    monkeypatch.setattr("lmgraph.workers.replicas.OPEN_S", 0.0)
+
+    async def work(url: str) -> list[float]:
+        worker, times = OpenAIWorker([url], "m"), []
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(WorkerError, match="no connection in time"):
+                await all_of(worker)
+            times.append(time.monotonic() - began)
+        await worker.close()
+        return times
+
+    with ExitStack() as stack:
+        first_call, probe = asyncio.run(work(deafened(stack)))
+    assert probe < 2 <= first_call
 
 
 @pytest.mark.parametrize("status, again", [(400, False), (401, False), (403, False), (404, False), (422, False),
@@ -687,6 +719,20 @@ def test_a_replica_that_fails_three_times_is_left_alone(serve: Callable[..., Sit
     states = calls(OpenAIWorker([bad.url, good.url], "m"), 40)
     assert states[0]["failures"] == len(bad.asked) >= 3 and states[0]["open_until"] > 0
     assert len(bad.asked) < 10 and len(good.asked) == 40
+
+
+def test_a_worker_rests_while_all_its_replicas_are_left_alone(serve: Callable[..., Site]) -> None:
+    async def work() -> list[bool]:
+        worker = OpenAIWorker([serve(lambda post: post.status(503)).url for _ in range(2)], "m")
+        rests = [worker.resting]
+        for _ in range(3):
+            with suppress(WorkerError):
+                await all_of(worker)
+            rests.append(worker.resting)
+        await worker.close()
+        return rests
+
+    assert asyncio.run(work()) == [False, False, False, True]
 
 
 @pytest.mark.parametrize("header", ["30", "Fri, 31 Dec 2100 23:59:59 GMT"])

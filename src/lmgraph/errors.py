@@ -134,6 +134,8 @@ class OutsideError(LmgraphError):
     """Something that lmgraph calls has failed. `too_long`: the text had no room in the model; a shorter one may have."""
 
     code = "outside_error"
+    again = True
+    """whether the same call may do better a moment later"""
 
     def __init__(self, message: str, hint: str = "", *, too_long: bool = False) -> None:
         super().__init__(message, hint)
@@ -144,6 +146,7 @@ class EngineError(OutsideError):
     """llama.cpp refused a request or failed."""
 
     code = "engine_error"
+    again = False
 
 
 class WorkerError(OutsideError):
@@ -156,6 +159,7 @@ class WorkerStarting(WorkerError):
     """A worker's server was not there and did not come within its `start_timeout_s`; the same request may do better a little later."""
 
     code = "worker_starting"
+    again = False  # it was waited for
     retry_after_s = 30.0
     """seconds: how long a server with its weights at hand takes to start"""
 
@@ -164,6 +168,7 @@ class WorkerTimeout(OutsideError):
     """A worker did not answer in time."""
 
     code = "worker_timeout"
+    again = False
 
 
 class StoreError(OutsideError):

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from lmgraph.errors import EngineError, OutsideError, WorkerError, WorkerStarting, WorkerTimeout
+from lmgraph.errors import OutsideError, WorkerError, WorkerTimeout
 from lmgraph.graph import Node
 from lmgraph.patience import Patience
 from lmgraph.types import Delta, Message, Step
@@ -47,7 +47,10 @@ async def run(
     """
     steps = list(tried)
     last: OutsideError | None = None
-    for candidate in (node, *chain):
+    candidates = (node, *chain)
+    for candidate in candidates:
+        elsewhere = candidate is not candidates[-1]
+        worker: Worker | None = None
         attempts = 1 + candidate.worker.retries
         attempt = 1
         given, request = messages, messages[-1].content
@@ -58,6 +61,8 @@ async def run(
             held: list[Delta] = []
             try:
                 worker = await open_worker(candidate)
+                if worker.resting and elsewhere:
+                    raise WorkerError("It is left alone for a while, as its last calls failed or it asked for that.")
                 limit = max_tokens or candidate.worker.max_tokens
                 async with getattr(worker, "turn", nullcontext)():
                     stream = worker.stream(given, max_tokens=limit, temperature=temperature, options=options, whole=whole)
@@ -102,7 +107,8 @@ async def run(
                     given, request = shorter, shorter[-1].content
                     continue
                 refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in (408, 429)
-                if attempt == attempts or refused or isinstance(error, (WorkerTimeout, WorkerStarting, EngineError)):
+                rests = elsewhere and worker is not None and worker.resting
+                if attempt == attempts or refused or rests or not error.again:
                     steps.append(Step(candidate.name, request, "".join(text), took, first, attempt, error.message))
                     yield steps[-1]
                     break

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @STORE
 @click.option("--max-body", type=click.IntRange(1024), default=4 << 20, show_default=True, help="largest request body, in bytes")
 @click.option("--max-active", type=click.IntRange(1), default=1024, show_default=True, help="answers in the making at a time; more get 429")
+@click.option("--grace", type=click.IntRange(0), default=30, show_default=True, help="seconds that running answers may take when it stops")
 @click.option("--log", type=click.Choice(["json", "off"]), default="off", show_default=True, help="a line a request, without its text")
 @PROFILE
 def serve(
@@ -41,6 +42,7 @@ def serve(
     store: str | None,
     max_body: int,
     max_active: int,
+    grace: int,
     log: str,
     profile: str | None,
 ) -> None:
@@ -85,7 +87,7 @@ def serve(
             log_level="warning",
             access_log=False,
             lifespan="on",
-            timeout_graceful_shutdown=30,
+            timeout_graceful_shutdown=grace,
             server_header=False,
             date_header=False,
             proxy_headers=False,  # nothing here depends on a client's address

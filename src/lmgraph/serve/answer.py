@@ -1,7 +1,7 @@
 """One answer on its way: from an ask to the last piece, whole or streamed, new or out of the cache.
 
 It knows the order of things: nothing is sent before the first piece is there (so that a failure is a plain HTTP error), and the end
-is said only when the turn is kept. It knows no paths and no keys.
+is said only when the turn is kept, or says that it is not. It knows no paths and no keys.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Answering:
         """the hop that began last, None before (and without) a walk"""
         self._busy: dict[int | None, str] = {}
         """hop -> the node that works on it now; several in a plan"""
+        self._notes = {} if talk.recalled else {"recalled": False}
+        """what the answer must say about memory: only what went wrong"""
         self._news: asyncio.Queue[tuple[str, Mapping[str, Any]] | None] | None = asyncio.Queue() if chat.progress else None
 
     async def run(self, runtime: Runtime) -> None:
@@ -158,9 +160,10 @@ class Answering:
         trace = await self._keep(delta, "".join(text), plain)
         shown = trace if chat.trace else None
         if chat.stream:
-            await request.piece(writer.chunk(delta) + writer.end(delta, include_usage=chat.include_usage, trace=shown), more=False)
+            end = writer.end(delta, include_usage=chat.include_usage, trace=shown, notes=self._notes)
+            await request.piece(writer.chunk(delta) + end, more=False)
         else:
-            await request.respond(200, writer.completion([*pieces, delta], shown), self._headers())
+            await request.respond(200, writer.completion([*pieces, delta], shown, self._notes), self._headers())
 
     async def _keep(self, last: Delta, text: str, plain: bool) -> Mapping[str, Any]:
         """Keep the turn and the answer; the trace as it is shown."""
@@ -176,7 +179,8 @@ class Answering:
         if self.memory:
             decided = (trace.get("decision") or {}).get("node") or self.talk.ask.node
             home = decided if trace.get("vote") and decided else self.node  # a voter only lends its worker: the talk stays where it belongs
-            await self.memory.remember(self.talk, text, home, trace)
+            if not await self.memory.remember(self.talk, text, home, trace):
+                self._notes["kept"] = False
         return trace
 
     def _headers(self) -> Headers:

@@ -121,6 +121,8 @@ class Gateway:
             await known[request.method](request, key)
         except Gone:
             request.status = request.status or 499
+        except asyncio.CancelledError:  # the server stops, and waits no longer
+            await request.fail(RequestError("The gateway stops before this answer is finished.", "Ask again.", code="stopping", status=503))
         except LmgraphError as error:
             await request.fail(error)
         except Exception:
@@ -161,7 +163,7 @@ class Gateway:
         previous = call.echo["previous_response_id"]
         name = call.conversation.rpartition(".")[0] if previous else call.conversation or os.urandom(12).hex()
         talk = await self.memory.recall(call.ask, request.key, name)
-        if previous and not talk.turns and self.store.healthy:
+        if previous and not talk.turns and talk.recalled:
             words = f"There is no response {previous[:200]!r}."
             raise RequestError(words, param="previous_response_id", code="previous_response_not_found")
         await self._deliver(request, replace(call, conversation=name), talk, call.store)

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lmgraph.errors import StoreError
 from lmgraph.store.base import Store, Turn
 from lmgraph.types import Ask, Message
 
@@ -34,6 +35,8 @@ class Talk:
     """the messages that no turn before this one holds"""
     turns: int = 0
     """that the store has of it"""
+    recalled: bool = True
+    """False: the turns before could not be read, and the answer will not know them"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Memory:
     async def recall(self, ask: Ask, owner: str, conversation: str = "") -> Talk:
         """The ask with what its conversation adds: the turns before (when only a new one was sent), the node it is with.
 
-        A conversation without a name is known again by how it began: its messages up to the first answer.
+        A conversation without a name is known again by how it began: its messages up to the first answer. While the store is down an
+        ask stays as it is.
         """
         messages = ask.messages
         last = max(i for i, m in enumerate(messages) if m.role == "user")
@@ -80,7 +84,10 @@ class Memory:
             if begun is None:
                 return Talk(ask, owner, "", new)
             conversation = _name(messages[: begun + 1])
-        turns = await self._store.turns(place(owner, conversation), TURNS)
+        try:
+            turns = await self._store.turns(place(owner, conversation), TURNS)
+        except StoreError:
+            return Talk(ask, owner, conversation, new, recalled=begun is not None)
         if not turns:
             return Talk(ask, owner, conversation, new)
         if begun is None:
@@ -97,13 +104,17 @@ class Memory:
         ask = replace(ask, node=ask.node or node) if calling and node else replace(ask, stay=node)
         return Talk(ask, owner, conversation, new, len(turns))
 
-    async def remember(self, talk: Talk, answer: str, node: str, trace: Mapping[str, Any]) -> None:
-        """Keep a turn; returns when it is kept (or the store is down)."""
+    async def remember(self, talk: Talk, answer: str, node: str, trace: Mapping[str, Any]) -> bool:
+        """Keep a turn; returns whether it is kept for good."""
         name = talk.id or _name((*talk.ask.messages, Message("assistant", answer)))
         first = next((m.content for m in talk.ask.messages if m.role == "user"), "")
         asked = [dict(m.raw) if m.raw is not None else {"role": m.role, "content": m.content} for m in talk.new]
         title = " ".join(first[: 4 * TITLE].split())[:TITLE]
-        await self._store.append(Turn(place(talk.owner, name), {"messages": asked}, answer, node, trace, title=title))
+        try:
+            await self._store.append(Turn(place(talk.owner, name), {"messages": asked}, answer, node, trace, title=title))
+        except StoreError:
+            return False
+        return True
 
     @asynccontextmanager
     async def flight(self, key: str) -> AsyncIterator[Flight]:

@@ -18,11 +18,13 @@ from lmgraph.serve.wire import (
     MAX_MESSAGES,
     MODEL,
     Chat,
+    Own,
     characters,
     kind_of,
     load,
     node_of,
     number,
+    own_fields,
     own_of,
     status_of,
     take,
@@ -221,13 +223,13 @@ class Writer:
         self._texts.append(delta.text)
         return opening + self._text_event("delta", f'"delta":{json.dumps(delta.text)}')
 
-    def end(self, last: Delta, *, include_usage: bool = True, trace: Mapping[str, Any] | None = None) -> bytes:
-        """The last events of a stream: the text and what it is in, whole, then the response, with the trace where it is given.
+    def end(self, last: Delta, *, include_usage: bool = True, trace: Own = None, notes: Own = None) -> bytes:
+        """The last events of a stream: the text and what it is in, whole, then the response, with trace and notes where there are any.
 
         Usage is always in it: this format does not ask whether it is wanted.
         """
         opening, text = self._opening(), "".join(self._texts)
-        whole = self._whole(text, last, trace)
+        whole = self._whole(text, last, trace, notes)
         part = {"item_id": self._item, "output_index": 0, "content_index": 0, "part": _output(text)}
         return b"".join(
             (
@@ -248,9 +250,10 @@ class Writer:
         response = self._response("failed", output, error)
         return opening + self._event("error", told) + self._event("response.failed", {"response": response})
 
-    def completion(self, deltas: Sequence[Delta], trace: Mapping[str, Any] | None = None) -> bytes:
-        """A whole response, folded out of its pieces (the last one closes it)."""
-        return json.dumps(self._whole("".join(delta.text for delta in deltas), deltas[-1], trace), separators=(",", ":")).encode()
+    def completion(self, deltas: Sequence[Delta], trace: Own = None, notes: Own = None) -> bytes:
+        """A whole response, folded out of its pieces (the last one closes it). `notes` are fields of lmgraph's own beside the trace."""
+        text = "".join(delta.text for delta in deltas)
+        return json.dumps(self._whole(text, deltas[-1], trace, notes), separators=(",", ":")).encode()
 
     def _opening(self) -> bytes:
         if self._count:
@@ -280,7 +283,7 @@ class Writer:
     def _message(self, text: str, status: str) -> dict[str, Any]:
         return {"type": "message", "id": self._item, "status": status, "role": "assistant", "content": [_output(text)]}
 
-    def _whole(self, text: str, last: Delta, trace: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _whole(self, text: str, last: Delta, trace: Own, notes: Own) -> dict[str, Any]:
         reason = ENDS.get(last.finish)
         status = "incomplete" if reason else "completed"
         whole = self._response(status, [self._message(text, status)])
@@ -293,7 +296,7 @@ class Writer:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
         }
-        return whole if trace is None else {**whole, MODEL: {"trace": trace}}
+        return whole | own_fields(trace, notes)
 
     def _response(self, status: str, output: list[dict[str, Any]], error: Mapping[str, str] | None = None) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from lmgraph.serve import responses, wire
 Schema = dict[str, Any]
 TEXT, FLAG, NUMBER, WHOLE = {"type": "string"}, {"type": "boolean"}, {"type": "number"}, {"type": "integer", "minimum": 0}
 SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+NOTES = "kept: this turn is in no history, the store is down; recalled: the turns before could not be read"
 REPLICAS = {"type": "array", "items": {"type": "object"}}
 
 
@@ -121,6 +122,7 @@ def answered() -> dict[str, Schema]:
     stopped = {"enum": ["end", "hops", "seconds", "tokens", "cost", "loop", "master"]}
     walk = record(mode={"enum": ["walk", "plan"]}, stopped=stopped, compose=TEXT, hops=array(hop))
     traced = record({"decision": or_null(ref("Decision")), "steps": array(step), "vote": vote, "walk": walk, "cache": FLAG})
+    own = {**record({"kept": {"const": False}, "recalled": {"const": False}, "trace": traced}), "description": NOTES}
     decision: dict[str, Schema] = {
         **dict.fromkeys(("node", "query", "rewritten", "chosen", "rewrite_note"), TEXT),
         **{"token": WHOLE, "shortened": WHOLE, "fallback": FLAG, "stayed": FLAG, "probability": SHARE},
@@ -129,7 +131,7 @@ def answered() -> dict[str, Schema]:
         "tokens": record(prompt=WHOLE, rewrite=WHOLE),
     }
     answer = record(
-        {"lmgraph": record(trace=traced)},
+        {"lmgraph": own},
         id=TEXT,
         object={"const": "chat.completion"},
         created=WHOLE,
@@ -138,7 +140,7 @@ def answered() -> dict[str, Schema]:
         usage=usage,
     )
     response = record(
-        {"lmgraph": record(trace=traced)},
+        {"lmgraph": own},
         id={"type": "string", "pattern": f"^{responses.PREFIX}"},
         object={"const": "response"},
         created_at=WHOLE,

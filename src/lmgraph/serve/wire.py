@@ -13,19 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmgraph import quickjson
-from lmgraph.errors import (
-    AssetError,
-    GraphError,
-    LmgraphError,
-    MasterError,
-    OutsideError,
-    RequestError,
-    StoreError,
-    UserError,
-    WorkerStarting,
-    WorkerTimeout,
-)
+from lmgraph import errors, quickjson
+from lmgraph.errors import LmgraphError, RequestError
 from lmgraph.graph import MODES
 from lmgraph.types import Ask, Delta, Message
 
@@ -37,8 +26,10 @@ CONVERSATION = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_MESSAGES = 2048
 MAX_QUERIES = 1000
 """queries in one call of /v1/route"""
-FAULTS = ((WorkerTimeout, 504), ((WorkerStarting, StoreError, AssetError, MasterError), 503), (OutsideError, 502), (UserError, 400))
+AWAY = (errors.WorkerStarting, errors.StoreError, errors.AssetError, errors.MasterError)
+FAULTS = ((errors.WorkerTimeout, 504), (AWAY, 503), (errors.OutsideError, 502), (errors.UserError, 400))
 """kind of error -> HTTP status; of several that fit, the first"""
+Own = Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -249,25 +240,33 @@ class Writer:
             return f"{self._chunk}{_dump([_choice({'role': 'assistant', 'content': delta.text})])}}}\n\n".encode()
         return f'{self._text}{_dump(delta.text)}}},"finish_reason":null}}]}}\n\n'.encode()
 
-    def end(self, last: Delta, *, include_usage: bool = False, trace: Mapping[str, Any] | None = None) -> bytes:
-        """The last pieces of a stream: why it ended, usage and trace where they were asked for, [DONE]."""
-        closing = "" if last.choices else f"{self._chunk}{_dump([_choice({}, last.finish or 'stop')])}}}\n\n"
+    def end(self, last: Delta, *, include_usage: bool = False, trace: Own = None, notes: Own = None) -> bytes:
+        """The last pieces of a stream: why it ended, with notes; usage and trace where they were asked for; [DONE]."""
+        ending = [] if last.choices else [_choice({}, last.finish or "stop")]
+        closing = f"{self._chunk}{_dump(ending)}{_own(None, notes)}}}\n\n" if ending or notes else ""
         if include_usage or trace is not None:
-            closing += f'{self._chunk}[],"usage":{_dump(usage_of(last))}{_trace(trace)}}}\n\n'
+            closing += f'{self._chunk}[],"usage":{_dump(usage_of(last))}{_own(trace)}}}\n\n'
         return (closing + "data: [DONE]\n\n").encode()
 
-    def completion(self, deltas: Sequence[Delta], trace: Mapping[str, Any] | None = None) -> bytes:
-        """A whole answer, folded out of its pieces (the last one closes it)."""
+    def completion(self, deltas: Sequence[Delta], trace: Own = None, notes: Own = None) -> bytes:
+        """A whole answer, folded out of its pieces (the last one closes it). `notes` are fields of lmgraph's own beside the trace."""
         last = deltas[-1]
-        return f'{{{self._start % ""}{_dump(_fold(deltas))},"usage":{_dump(usage_of(last))}{_trace(trace)}}}'.encode()
+        return f'{{{self._start % ""}{_dump(_fold(deltas))},"usage":{_dump(usage_of(last))}{_own(trace, notes)}}}'.encode()
 
 
 def _choice(delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
     return {"index": 0, "delta": delta, "finish_reason": finish}
 
 
-def _trace(trace: Mapping[str, Any] | None) -> str:
-    return "" if trace is None else f',"lmgraph":{{"trace":{_dump(trace)}}}'
+def own_fields(trace: Own, notes: Own) -> dict[str, Any]:
+    """What an answer says of lmgraph's own: {"lmgraph": {...}}, or nothing."""
+    own = {**({} if trace is None else {"trace": trace}), **(notes or {})}
+    return {MODEL: own} if own else {}
+
+
+def _own(trace: Own, notes: Own = None) -> str:
+    own = own_fields(trace, notes)
+    return f",{_dump(own)[1:-1]}" if own else ""
 
 
 def _fold(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
@@ -346,8 +345,8 @@ def error(failure: LmgraphError) -> bytes:
     )
     message = f"{failure.message} {failure.hint}".strip()
     shown: dict[str, Any] = {"message": message, "type": kind, "param": getattr(failure, "param", None), "code": failure.code}
-    if isinstance(failure, GraphError):
-        shown["problems"] = list(failure.problems)
+    if (problems := getattr(failure, "problems", None)) is not None:
+        shown["problems"] = list(problems)
     return _dump({"error": shown}).encode()
 
 

@@ -1,8 +1,8 @@
 """A store that may die without taking requests with it: a shield around any store.
 
-While the store is down, reads find nothing, turns are dropped and counted, and limits are this process's own; no request waits
-for it: only a task of the shield's own asks, once in a while, whether it is back. What must not be guessed raises StoreError:
-who may enter (but keys seen a moment ago are remembered), and whether something was deleted.
+While the store is down, the cache finds nothing, turns are dropped and counted, and limits are this process's own; no request waits
+for it: only a task of the shield's own asks, once in a while, whether it is back. What must not be guessed raises StoreError: who may
+enter (but keys seen a moment ago are remembered), what was said before, whether a turn is kept, whether something was deleted.
 """
 
 from __future__ import annotations
@@ -44,29 +44,24 @@ class Shielded:
         return self._dropped
 
     async def append(self, turn: Turn) -> None:
-        """As `Store.append`; a turn that cannot be kept is dropped and counted."""
+        """As `Store.append`; a turn that cannot be kept is counted besides."""
         try:
             await self._try(self._store.append(turn))
         except StoreError:
             self._dropped += 1
+            raise
 
     async def turns(self, conversation: str, limit: int) -> list[Turn]:
-        """As `Store.turns`; [] while the store is down."""
-        with suppress(StoreError):
-            return await self._try(self._store.turns(conversation, limit))
-        return []
+        """As `Store.turns`. Raises StoreError while the store is down: a conversation that cannot be read is not empty."""
+        return await self._try(self._store.turns(conversation, limit))
 
     async def conversations(self, limit: int, before: float | None = None) -> list[Conversation]:
-        """As `Store.conversations`; [] while the store is down."""
-        with suppress(StoreError):
-            return await self._try(self._store.conversations(limit, before))
-        return []
+        """As `Store.conversations`. Raises StoreError while the store is down."""
+        return await self._try(self._store.conversations(limit, before))
 
     async def recent(self, node: str | None, limit: int) -> list[Turn]:
-        """As `Store.recent`; [] while the store is down."""
-        with suppress(StoreError):
-            return await self._try(self._store.recent(node, limit))
-        return []
+        """As `Store.recent`. Raises StoreError while the store is down."""
+        return await self._try(self._store.recent(node, limit))
 
     async def forget(self, conversation: str) -> bool:
         """As `Store.forget`. Raises StoreError while the store is down: "there was none" would be a lie."""

@@ -14,6 +14,11 @@ class Worker(Protocol):
     A worker that answers one ask at a time also has `turn()`, what is to be held (`async with`) while it does.
     """
 
+    @property
+    def resting(self) -> bool:
+        """Whether it is better not asked for a while, where somebody else can answer: it failed again and again, or says so itself."""
+        ...
+
     def stream(
         self,
         messages: Sequence[Message],

@@ -48,6 +48,8 @@ class SharedEngine:
 class EmbeddedWorker:
     """Answers with a local model. Conversations go in as ids: nothing a user writes acts as a special token."""
 
+    resting = False
+
     def __init__(self, shared: SharedEngine, system: str = "", default_temperature: float | None = None) -> None:
         self._shared = shared
         self._system = system

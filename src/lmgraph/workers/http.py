@@ -17,6 +17,7 @@ from typing import cast
 import httptools
 
 from lmgraph.patience import Patience
+from lmgraph.workers import liveness
 from lmgraph.workers.target import Target
 
 HEAD_LIMIT = 64 << 10
@@ -30,7 +31,7 @@ class BrokenOff(ConnectionError):
 
 
 class NoConnection(ConnectionError):
-    """There was no connection in time, or the proxy gives none."""
+    """There was no connection in time, the proxy gives none, or the other host is not heard of any more."""
 
 
 class Client:
@@ -42,16 +43,16 @@ class Client:
         self._all: set[Connection] = set()
         self._tls: ssl.SSLContext | None = None
 
-    async def send(self, target: Target, body: bytes, *, silence_s: float) -> Connection:
+    async def send(self, target: Target, body: bytes, *, silence_s: float, connect_s: float | None = None) -> Connection:
         """Send the target's request with this body; the answer's head is there when this returns.
 
-        `silence_s` bounds every wait for the other side to say something. Raises NoConnection, BrokenOff,
-        asyncio.TimeoutError, OSError (ssl.SSLError among them).
+        `silence_s` bounds every wait for the other side to say something; `connect_s` the wait for a connection, where it is given, in
+        place of what the client was made with. Raises NoConnection, BrokenOff, asyncio.TimeoutError, OSError (ssl.SSLError among them).
         """
         request = b"%sContent-Length: %d\r\n\r\n%s" % (target.head, len(body), body)
         while True:
             kept = self._kept(target)
-            connection = kept or await self._connect(target)
+            connection = kept or await self._connect(target, self._connect_s if connect_s is None else connect_s)
             connection.ask(request, silence_s)
             try:
                 await connection.answer()
@@ -86,9 +87,9 @@ class Client:
             idle.pop(0)[0].close()
         idle.append((connection, now + self._idle_s))
 
-    async def _connect(self, target: Target) -> Connection:
+    async def _connect(self, target: Target, seconds: float) -> Connection:
         secure, host, port = target.origin
-        patience = Patience(self._connect_s, partial(NoConnection, "no connection in time"))
+        patience = Patience(seconds, partial(NoConnection, "no connection in time"))
         try:
             with patience:
                 return await self._open(target, secure, host, port)
@@ -239,6 +240,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._known.add(self)
+        liveness.watch(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         if self._idle:  # nobody has asked for anything
@@ -269,7 +271,7 @@ class Connection(asyncio.Protocol):
             self.over = True  # such an answer ends where its connection does
         self._idle = False
         if self._lost is None:
-            self._lost = BrokenOff(str(error) if error else "")
+            self._lost = (NoConnection if liveness.gone(error) else BrokenOff)(str(error) if error else "")
         self.close()
         self._wake()
 

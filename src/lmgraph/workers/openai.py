@@ -22,13 +22,17 @@ from lmgraph.graph import WorkerSpec
 from lmgraph.types import Delta, Message
 from lmgraph.workers import dialects
 from lmgraph.workers.dialects import Wanted
-from lmgraph.workers.http import BrokenOff, Client, Connection
+from lmgraph.workers.http import BrokenOff, Client, Connection, NoConnection
 from lmgraph.workers.inventory import Inventory, Seen
 from lmgraph.workers.reading import Reading, Refusal, detail, refusal
 from lmgraph.workers.replicas import Replica, Replicas, wait_of
 from lmgraph.workers.target import Target, prepare
 
-CONNECT_S = 10.0
+CONNECT_S = 5.0
+"""a host that is there answers at once, and a packet that was lost is sent again after 1 and 3 s; this long everybody waits who finds that
+a host is cut off"""
+PROBE_S = 1.5
+"""the same for the call that tries whether a replica is back: somebody waits for it"""
 KEPT_S = 4.0
 """how long an idle connection is kept: less than the 5 s after which many servers close theirs, or calls would run into that"""
 LINGER_S = 1.0
@@ -180,6 +184,10 @@ class OpenAIWorker:
             return
         raise last or WorkerError("no URL is configured")
 
+    @property
+    def resting(self) -> bool:
+        return not self._start_timeout and self._replicas.resting(time.monotonic())  # one that may be starting is waited for
+
     def states(self) -> list[dict[str, Any]]:
         """How each replica does: url, outstanding, failures, open_until (on the clock of time.monotonic)."""
         return self._replicas.states()
@@ -215,7 +223,8 @@ class OpenAIWorker:
             if len(self._targets) >= MANY:
                 self._targets.clear()
             target = self._targets[replica.url, key] = prepare(f"{replica.url}/chat/completions", headers)
-        return await self._client.send(target, body, silence_s=self._timeout)
+        connect_s = min(self._timeout, PROBE_S) if replica.probing else None
+        return await self._client.send(target, body, silence_s=self._timeout, connect_s=connect_s)
 
     def _request(
         self, messages: Sequence[Message], max_tokens: int, temperature: float | None, options: Mapping[str, Any], streamed: bool
@@ -261,7 +270,7 @@ class OpenAIWorker:
         if 300 <= status < 500 and status not in ELSEWHERE:
             self._replicas.succeed(replica)  # it is well: it refuses this request
             return False
-        self._replicas.fail(replica, now)
+        self._replicas.fail(replica, now, gone=isinstance(error, WorkerError) and not error.again)
         return isinstance(error, WorkerError) and (not status or status in ELSEWHERE)
 
     def _mapped(self, url: str, error: Exception, key: str) -> Exception:
@@ -281,7 +290,9 @@ class OpenAIWorker:
             return WorkerStarting(
                 f"{url} takes no connection, {waited}: {words or type(error).__name__}.", "It may be starting: ask again."
             )
-        return WorkerError(f"{url} cannot be reached: {words or type(error).__name__}.", REACH)
+        found = WorkerError(f"{url} cannot be reached: {words or type(error).__name__}.", REACH)
+        found.again = not isinstance(error, NoConnection)  # it was waited for, long enough
+        return found
 
 
 def _doubtful(error: Exception) -> bool:

@@ -86,6 +86,10 @@ class Replicas:
             chosen.probing = True
         return chosen
 
+    def resting(self, now: float) -> bool:
+        """Whether `choose` would take one only because an attempt is better than none: all are left alone, or being tried."""
+        return all(replica.open_until > now or replica.probing for replica in self._replicas)
+
     def begin(self, replica: Replica) -> None:
         """Its answer has begun: a breaker closes, but one failure opens it again, as long as no answer was finished."""
         replica.probing = False
@@ -98,10 +102,13 @@ class Replicas:
         replica.failures = replica.trips = 0
         replica.broken_until = 0.0
 
-    def fail(self, replica: Replica, now: float) -> None:
-        """A call failed through the replica's fault. Calls that fail while the breaker is open already do not keep it open longer."""
+    def fail(self, replica: Replica, now: float, gone: bool = False) -> None:
+        """A call failed through the replica's fault. Calls that fail while the breaker is open already do not keep it open longer.
+
+        `gone`: nothing is there at all, and that took its time to find out; one such failure opens the breaker.
+        """
         replica.probing = False
-        replica.failures += 1
+        replica.failures = max(replica.failures + 1, self._limit if gone else 0)
         if replica.failures >= self._limit and replica.broken_until <= now:
             replica.broken_until = now + min(OPEN_S * 2 ** min(replica.trips, 10), OPEN_MOST_S)
             replica.trips += 1

@@ -15,6 +15,8 @@ class ScriptedWorker:
     An answer that starts with '!' is raised as a WorkerError, to try out fallbacks. Options have no effect.
     """
 
+    resting = False
+
     def __init__(self, answers: Mapping[str, str]) -> None:
         self._answers = answers
         self.asked: list[tuple[Message, ...]] = []
