@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,21 @@ def write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
 
     with atomic(path) as part:
         part.write_bytes(save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
+
+
+def blend(first: Bundle, second: Bundle, share: float) -> dict[str, np.ndarray]:
+    """Tensors between two bundles, `share` of the way from the first to the second, float16.
+
+    For a second one that was trained on from the first: it forgets less of what the first could (WiSE-FT, Wortsman et al. 2022).
+    Raises VocabularyMismatch where their tokens, base or shapes differ.
+    """
+    if first.vocabulary.digest != replace(second.vocabulary, temperature=first.vocabulary.temperature).digest:
+        raise VocabularyMismatch(f"{first.name} and {second.name} name other nodes, or belong to other bases.")
+    one, two = read_tensors(first.weights), read_tensors(second.weights)
+    shapes = [{name: value.shape for name, value in tensors.items()} for tensors in (one, two)]
+    if shapes[0] != shapes[1]:
+        raise VocabularyMismatch(f"{first.name} and {second.name} have tensors of other names or shapes (another rank?).")
+    return {name: ((1 - share) * one[name].astype(np.float32) + share * two[name].astype(np.float32)).astype(np.float16) for name in one}
 
 
 def merged_path(bundle: Bundle, cache: Path) -> Path:

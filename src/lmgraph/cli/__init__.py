@@ -25,7 +25,7 @@ COMMANDS = {
     "cache": ("keeping", "Look after the gateway's cache of answers."),
     "graph": ("graphs", "Make, look at, check and edit graph.yaml."),
     "pull": ("weights", "Fetch weights now instead of on first use."),
-    "bundle": ("weights", "Look at master bundles."),
+    "bundle": ("weights", "Look at master bundles, mix them."),
     "train": ("training", "Train a master, fit rows, export a GGUF."),
     "evaluate": ("measuring", "Measure routers on data that was not used for training."),
     "completion": ("shell", "Print the completion script of a shell."),

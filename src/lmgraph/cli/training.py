@@ -132,7 +132,7 @@ def tune(
     if rewrite_share < 1:
         training = [e if data.held_out(e, 10 + round(90 * rewrite_share)) else replace(e, rewrite="") for e in training]
     if files:
-        _enough(training, kept)
+        enough(training, kept)
     validation: dict[str, Any] = {**({"kept": kept} if kept else {}), **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
     walking, validation["tasks"] = data.split(tasks.load(walks), tasks.KEPT) if walks else ([], [])
     if not validation["tasks"]:
@@ -196,7 +196,7 @@ def _master_of(given: Any, node: str, walks: tuple[Path, ...], start: Path | Non
     return start or bundles.read(given.master.bundle, beside.parent if beside else None).folder
 
 
-def _enough(training: Sequence[Any], kept: Sequence[Any]) -> None:
+def enough(training: Sequence[Any], kept: Sequence[Any]) -> None:
     """Raise DataError where nothing is left to learn from, or to keep aside."""
     if not training or not kept:
         left = "learn from" if kept else "keep aside"
@@ -316,7 +316,7 @@ async def _all_rows(files: tuple[Path, ...], out: Path, base: str, size: int, pa
     using = settings()
     _, vocabulary, base_file = _ground(path, base, size)
     training, kept = data.split(data.load(files))
-    _enough(training, kept)
+    enough(training, kept)
     labels = heads.index([e.node for e in [*training, *kept]], vocabulary.nodes)
     queries = [e.query for e in [*training, *kept]]
     keep = out / f"states-{hashlib.sha256(json.dumps([vocabulary.base, QUERY_LIMIT, queries]).encode()).hexdigest()[:12]}.npy"

@@ -9,6 +9,7 @@ import click
 
 from lmgraph import assets
 from lmgraph.cli import settings
+from lmgraph.cli.blending import blend
 from lmgraph.cli.run import GRAPH, JSON, PROFILE
 from lmgraph.errors import AssetError
 
@@ -50,7 +51,10 @@ def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify:
 
 @click.group()
 def bundle() -> None:
-    """Look at master bundles: a bundle is a trained master without its base weights."""
+    """Look at master bundles and mix them: a bundle is a trained master without its base weights."""
+
+
+bundle.add_command(blend)
 
 
 @bundle.command("list")
