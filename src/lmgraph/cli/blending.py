@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import click
@@ -33,23 +35,27 @@ def blend(first: str, second: str, share: float, files: tuple[Path, ...], out: P
     from lmgraph import bundles
     from lmgraph.cli.show import Bars
     from lmgraph.files import model_file
+    from lmgraph.master import QUERY_LIMIT
     from lmgraph.train import examples as data
     from lmgraph.train import heads
 
     using = settings()
     one, two = bundles.read(first), bundles.read(second)
-    if out.resolve() in (one.folder.resolve(), two.folder.resolve()):
-        raise UserError(f"{out} is one of the bundles to be mixed.", "Name another folder: --out")
+    if out.exists():
+        raise UserError(f"{out} is there already.", "Name a new folder: --out")
     tensors = bundles.blend(one, two, share)
     training, kept = data.split(data.load(files))
     enough(training, kept)
-    with Bars() as bars:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Bars() as bars, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        made, merged = Path(scratch) / out.name, Path(scratch) / "merged.gguf"
         base_file = model_file(base, using.cache, None, bars)
-        bundles.copy(two, out, two.vocabulary, tensors)
-        (out / "metrics.json").unlink(missing_ok=True)  # those of SECOND
-        calibration = asyncio.run(heads.finish(out, base_file, out / "merged.gguf", training, kept, 192, using.threads, bars.progress))
-    (out / "merged.gguf").unlink()
-    metrics = {"blend": {"first": one.digest, "second": two.digest, "share": share}, "calibration": calibration}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        bundles.copy(two, made, two.vocabulary, tensors)
+        for file in ("card.md", "recipe.json"):  # they tell of SECOND
+            (made / file).unlink(missing_ok=True)
+        calibration = asyncio.run(heads.finish(made, base_file, merged, training, kept, QUERY_LIMIT, using.threads, bars.progress))
+        metrics = {"blend": {"first": one.digest, "second": two.digest, "share": share}, "calibration": calibration}
+        (made / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        os.replace(made, out)
     click.echo(json.dumps(metrics))
     click.echo(f"The bundle is in {out}. Use it: master: {{bundle: {out}}} in graph.yaml", err=True)
