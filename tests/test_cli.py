@@ -14,13 +14,12 @@ import sys
 import threading
 import xml.etree.ElementTree as xml
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 
 from conftest import WORDS, toy_graph, toy_queries
@@ -710,34 +709,6 @@ def test_a_graph_file_that_is_not_there_is_named_with_the_command_that_makes_one
 
 
 # ---------------------------------------------------------------- weights
-
-
-def test_a_blend_lies_between_its_bundles_and_is_measured_anew(toy_bundle: Path, toy_base: Path, tmp_path: Path, lmgraph: Command) -> None:
-    first = bundles.read(str(toy_bundle))
-    tensors = bundles.read_tensors(first.weights)
-    moved = {name: value + np.float16(0.5) if name == "output_rows" else value for name, value in tensors.items()}
-    bundles.copy(first, tmp_path / "second", first.vocabulary, moved)
-    rows = [{"query": query, "node": node} for salt in range(6) for query, node in toy_queries(24, salt)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["--data", tmp_path / "data.jsonl", "--base", toy_base]
-    done = lmgraph("bundle", "blend", toy_bundle, tmp_path / "second", "--share", 0.25, "--out", tmp_path / "out", *common)
-    assert done.code == 0, done.err
-    made = bundles.read(str(tmp_path / "out"))
-    mixed = bundles.read_tensors(made.weights)
-    np.testing.assert_allclose(mixed["output_rows"], tensors["output_rows"] + 0.125, atol=2e-3)
-    assert all(np.array_equal(mixed[name], tensors[name]) for name in tensors if name != "output_rows")
-    found = done.data
-    assert found["blend"]["share"] == 0.25 and found == dict(made.metrics) and made.vocabulary.temperature == found["calibration"]["temperature"]
-    assert (made.folder / "anchors.npz").exists() and {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "second", "out"}
-
-    refused = lmgraph("bundle", "blend", toy_bundle, tmp_path / "second", "--out", tmp_path / "second", *common)
-    assert refused.code == 2 and "is there already" in refused.err
-    bundles.copy(first, tmp_path / "narrow", first.vocabulary, {name: value[:2] for name, value in tensors.items()})
-    refused = lmgraph("bundle", "blend", toy_bundle, tmp_path / "narrow", "--out", tmp_path / "new", *common)
-    assert refused.code == 1 and "other names or shapes" in refused.err
-    bundles.copy(first, tmp_path / "other", replace(first.vocabulary, nodes={"another": 0}), tensors)
-    refused = lmgraph("bundle", "blend", toy_bundle, tmp_path / "other", "--out", tmp_path / "new", *common)
-    assert refused.code == 1 and "name other nodes" in refused.err and not (tmp_path / "new").exists()
 
 
 def test_bundle_list_is_what_lies_in_the_package(lmgraph: Command) -> None:

@@ -15,7 +15,7 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
     "store.base", "store.sqlitefile", "store.sqlite", "store.redis", "store.shield", "store",
     "files", "master", "execute", "voting", "limits", "ahead", "walking", "runtime", "serve.wire", "serve.responses", "serve.schemas", "serve.openapi", "serve.metrics", "serve.tracing", "serve.http", "serve.guard", "serve.memory", "serve.editing", "serve.page", "serve.answer", "serve.app", "serve",
     "train.examples", "train.tasks", "train.tiny", "train.heads", "train.model", "train.loss", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.journal", "evaluate.mmludata", "evaluate.asking", "evaluate.mmlu", "evaluate.marks", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.planner", "evaluate.plans", "evaluate.taskbench", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign", "evaluate.facts", "evaluate.replay", "evaluate.competence", "evaluate.policies", "evaluate.standings",
-    "cli", "cli.show", "cli.run", "cli.shell", "cli.training", "cli.blending", "cli.weights", "cli.assigning", "cli.graphs", "cli.measuring", "cli.comparing", "cli.planning", "cli.replaying",
+    "cli", "cli.show", "cli.run", "cli.shell", "cli.training", "cli.weights", "cli.assigning", "cli.graphs", "cli.measuring", "cli.comparing", "cli.planning", "cli.replaying",
     "cli.keeping", "cli.serving",
 ]
 HOMES = {

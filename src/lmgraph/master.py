@@ -44,7 +44,7 @@ class Master:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, graph: Graph, adapters: Mapping[str, Path] | None = None) -> None:
         fits(graph, vocabulary)
         self.adapters = adapters or {}
-        """of nodes that bring their own to what follows them"""
+        """what is put on for the choice that follows a node; at START for asks that may become a walk"""
         self.engine = engine
         self.vocabulary = vocabulary
         self.graph = graph
@@ -68,7 +68,8 @@ class Master:
         `scoped`: the decision says how far the query belongs to a node at all (`Decision.scope`), as it does where the graph sets a scope.
         Node `stay` is chosen unless another one is more probable by the graph's margin, or it may not follow `at`.
         `trace`: the steps that brought the walk here; then `end` is a candidate too, where the graph allows it (`Decision.node` is END).
-        `ahead`: whether another step would follow this one is asked, too (`Decision.more`), at the cost of a few tokens.
+        `ahead`: whether another step would follow this one is asked, too (`Decision.more`), at the cost of a few tokens. A master that
+        puts something on for walks is asked with it first at START, and where no step would follow, once more without it: one more pass.
         Raises QueryError for a query without content, NoDecision when nothing may follow `at`.
         """
         if not query.strip():
@@ -83,8 +84,10 @@ class Master:
         tokenised = time.perf_counter()
         async with await self.engine.session() as session:
             started = time.perf_counter()
-            session.adapter = self.adapters.get(at)
+            session.adapter = self.adapters.get(at) if ahead or at != START else None
+            more = await self._several(session, prompt, names) if at == START else None
             ranked, scope = await self._choose(session, prompt, names, scoped)
+            scope = None if (more or 0.0) >= MORE else scope  # log-odds are those of the master as it is
             chosen, probability = ranked[0]
             stayed = chosen != stay and probability - dict(ranked).get(stay, -1.0) < self.graph.master.margin
             if stayed:
@@ -96,8 +99,7 @@ class Master:
                 said = _Said("", note="the walk ends")
             elif self._wants_rewrite(node, query_tokens, shortened, rewriting) and not fallback:
                 said = await self._rewrite(session, query, prompt, self.graph.nodes[chosen].token, query_tokens)
-            more = None
-            if ahead and chosen != END:
+            if ahead and chosen != END and more is None:
                 more = await self._more(session, prompt, chosen, said.ids)
             if chosen != END:
                 said = said.checked(query, len(trace) if trace or (more or 0.0) >= MORE else None, fallback)
@@ -146,6 +148,16 @@ class Master:
             return ranked, None
         odds = ranked[0][1] * mass / max(sum(p for i, p in choice.probabilities if i in words), LEAST)
         return ranked, math.log(odds) * self.vocabulary.temperature
+
+    async def _several(self, session: Session, prompt: Sequence[int], names: Sequence[str]) -> float | None:
+        """Probability that a first step is not the only one, as what is put on at START sees it; taken off where it is, None without."""
+        worn = session.adapter
+        if worn is None:
+            return None
+        ranked, _ = await self._choose(session, prompt, names)
+        more = await self._more(session, prompt, ranked[0][0], ())
+        session.adapter = worn if more >= MORE else None
+        return more
 
     async def _more(self, session: Session, prompt: Sequence[int], chosen: str, written: Sequence[int]) -> float:
         """Probability that another step follows this one: the same walk one choice further, before anything is answered."""

@@ -93,7 +93,7 @@ def check(path: Path | None, as_json: bool) -> None:
             fits(given, bundles.vocabulary_of(model_file(name, settings().cache, folder, Quiet())))
         else:
             fits(given, bundles.read(name, folder).vocabulary)
-        adapter_files(given, folder)
+        adapter_files(given, folder, settings().cache)
     except LmgraphError as error:
         if as_json:
             print(json.dumps({"ok": False, "problems": list(getattr(error, "problems", ())) or [error.message]}))
