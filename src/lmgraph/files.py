@@ -107,7 +107,7 @@ def master_file(name: str, cache: Path, beside: Path | None, watcher: Watcher) -
     target = bundles.merged_path(bundle, cache)
     if not target.is_file():
         base = model_file(base_of(bundle.vocabulary.base).name, cache, beside, watcher)
-        bundles.merge(bundle, base, target, lambda done, total: watcher.progress(f"merging master {bundle.name}", done, total))
+        bundles.ready(bundle, base, cache, lambda done, total: watcher.progress(f"merging master {bundle.name}", done, total))
     adapters.ready(bundle, target, cache)
     return target, bundle.vocabulary
 

@@ -145,7 +145,7 @@ class Runtime:
         old = self._scene
         master, worn = None, old.worn
         async with self._master_lock:
-            # the same weights, or learnt anew into the same file?
+            # other weights, or an adapter that was learnt anew into the same file
             if _weights(given) != _weights(old.graph) or (old.master and (await asyncio.to_thread(self._wearing, given))[1] != old.worn):
                 master, worn = await self._load(given)
             elif old.master is not None:
