@@ -75,7 +75,7 @@ def train() -> None:
     type=click.FloatRange(0, 1),
     default=1.0,
     show_default=True,
-    help="share of the rewrites that is taught; the other examples teach only the choice, at half the cost",
+    help="share of the rewrites that is taught; the other examples and tasks teach only the choices, at half the cost",
 )
 @click.option(
     "--node", help="learn only what follows this node in --tasks, as an adapter of its own for the graph's master (or for --start)"
@@ -129,14 +129,15 @@ def tune(
     if replay < 1 and files:
         fresh = {e.query for e in data.load(files[-1:])}
         training = [e for e in training if e.query in fresh or data.held_out(e, 10 + round(90 * replay))]
+    walking, kept_walks = data.split(tasks.load(walks), tasks.KEPT) if walks else ([], [])
     if rewrite_share < 1:
         training = [e if data.held_out(e, 10 + round(90 * rewrite_share)) else replace(e, rewrite="") for e in training]
+        most = tasks.KEPT + round((100 - tasks.KEPT) * rewrite_share)
+        walking = [task if data.held_out(task, most) else tasks.bare(task) for task in walking]
     if files:
         enough(training, kept)
-    validation: dict[str, Any] = {**({"kept": kept} if kept else {}), **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
-    walking, validation["tasks"] = data.split(tasks.load(walks), tasks.KEPT) if walks else ([], [])
-    if not validation["tasks"]:
-        del validation["tasks"]
+    validation: dict[str, Any] = {"kept": kept, **{file.stem.split(".")[0]: data.load([file]) for file in checks}, "tasks": kept_walks}
+    validation = {name: rows for name, rows in validation.items() if rows}
     try:
         from lmgraph.train import tune as tuning
     except ImportError as error:

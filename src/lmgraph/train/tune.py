@@ -183,7 +183,8 @@ def main(
         return [short for row in rows if (short := row.after(vocabulary.id_of(node))).choices] if node else rows
 
     encoded = [encode(example) for example in train]
-    encoded += [encode(task, form) for task, form in zip(walks, tasks.forms(walks), strict=True)]
+    told = [task for task in walks if any(step.text for step in task.steps)]
+    encoded += [encode(task, form) for task, form in zip(told, tasks.forms(told), strict=True)]
     encoded += [encode(task, tasks.BARE) for task in walks]
     encoded += [encode(replace(example, rewrite="")) for example in [e for e in train if e.rewrite][::2]] if walks else []
     encoded = learnt(encoded)
