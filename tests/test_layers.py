@@ -17,7 +17,7 @@ ORDER = [  # lowest first; a room imports only from rooms listed before it
     "train.examples", "train.tasks", "train.tiny", "train.heads", "train.model", "train.loss", "train.plot", "train.tune", "evaluate.statistics", "evaluate.report", "evaluate.pictures", "evaluate.routes", "evaluate.journal", "evaluate.mmludata", "evaluate.asking", "evaluate.mmlu", "evaluate.marks", "evaluate.intents", "evaluate.contestants", "evaluate.listing", "evaluate.masters", "evaluate.compare", "evaluate.planner", "evaluate.plans", "evaluate.taskbench", "evaluate.layouts", "evaluate.outcomes", "evaluate.assign", "evaluate.facts", "evaluate.replay", "evaluate.competence", "evaluate.policies", "evaluate.standings",
     "kubernetes.names", "kubernetes.engines", "kubernetes.values", "kubernetes.reading", "kubernetes.plan", "kubernetes.pods", "kubernetes.memory", "kubernetes.gateway", "kubernetes.workers", "kubernetes.scaling", "kubernetes.serving", "kubernetes.traffic", "kubernetes.monitoring", "kubernetes.dashboard", "kubernetes.render",
     "simulate.load", "simulate.scenario", "simulate.engine", "simulate.parts", "simulate.figures", "simulate.run", "simulate.draft", "simulate.size", "simulate.advice",
-    "cli", "cli.show", "cli.run", "cli.shell", "cli.weights", "cli.assigning", "cli.graphs", "cli.training", "cli.measuring", "cli.comparing", "cli.planning", "cli.replaying",
+    "cli", "cli.show", "cli.run", "cli.shell", "cli.training", "cli.weights", "cli.assigning", "cli.graphs", "cli.measuring", "cli.comparing", "cli.planning", "cli.replaying",
     "cli.keeping", "cli.serving", "cli.clusters", "cli.sizing",
 ]
 HOMES = {

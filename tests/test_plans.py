@@ -30,7 +30,7 @@ from lmgraph.master import Master
 from lmgraph.plan import Request
 from lmgraph.train import tiny
 from lmgraph.train.tasks import Task
-from lmgraph.types import Decision
+from lmgraph.types import Decision, Passed
 from test_cli import Command, here, jsonl, lmgraph, write
 
 __all__ = ["here", "lmgraph"]  # fixtures
@@ -463,12 +463,12 @@ def test_the_master_plans_along_the_edges_as_it_does_when_it_serves(toy_master: 
         return await made.plan(query), list((await ahead.decide_all(master, query, first, 4)).decisions)
 
     found, decisions = served(toy_master, work, start=["law", "math"], law=["math"])
-    assert [step.node for step in found.steps] == ["law", "math"] == [d.node for d in decisions] and found.decisions == 2
+    assert [step.node for step in found.steps] == ["law", "math"] == [d.node for d in decisions] and found.decisions == 3
     assert [step.text for step in found.steps] == [d.rewritten for d in decisions]
     found, _ = served(toy_master, work, most=3, start=["law"], law=["math"], math=["law"])
-    assert [step.node for step in found.steps] == ["law", "math"] and found.decisions == 3, "the same step again is none"
+    assert [step.node for step in found.steps] == ["law", "math"] and found.decisions == 4, "the same step again is none"
     found, _ = served(toy_master, work, most=2, start=["law"], law=["math"], math=["health"])
-    assert [step.node for step in found.steps] == ["law", "math"] and found.decisions == 2, "no more than it may"
+    assert [step.node for step in found.steps] == ["law", "math"] and found.decisions == 3, "no more than it may"
 
 
 def test_another_graph_makes_another_identity_of_the_master(toy_master: Path) -> None:
@@ -482,35 +482,58 @@ def test_another_graph_makes_another_identity_of_the_master(toy_master: Path) ->
 
 
 class Told:
-    """A master that decides what a test says."""
+    """A master that decides what a test says: its first decision, the nodes of all, and one decision for each that is still to come."""
 
-    def __init__(self, *decisions: Decision) -> None:
-        self.left = list(decisions)
+    def __init__(self, *decisions: Decision, nodes: Sequence[str] = ()) -> None:
+        self.left, self.nodes = list(decisions), tuple(nodes)
         self.graph = edges(start=["*"])
         self.engine = SimpleNamespace(path=Path("none"))
 
     async def decide(self, query: str, at: str = "start", **how: Any) -> Decision:
         return self.left.pop(0)
 
+    async def sequence(self, query: str, most: int) -> tuple[str, ...]:
+        return self.nodes
+
 
 def decided(node: str, more: float | None = 0.0, text: str = "ask", note: str = "", fallback: bool = False) -> Decision:
     return Decision("q", node, node, 0, 0.9, rewritten=text, rewrite_note=note, more=more, fallback=fallback)
 
 
-@pytest.mark.parametrize(("decisions", "steps", "count"), [
-    ([decided("law")], [("law", ())], 1),
-    ([decided("law", 0.9), decided("math", 0.1, "with {0}")], [("law", ()), ("math", (0,))], 2),
-    ([decided("law", 0.9), decided("end", None)], [("law", ())], 2),
-    ([decided("law", 0.9, fallback=True)], [("law", ())], 1),
-    ([decided("law", 0.9), decided("law", 0.9)], [("law", ())], 2),
-    ([decided("law", 0.9), decided("math", 0.9, "with {0} and {1} and {7}"), decided("law", 0.9, "{0} {1}")],
-     [("law", ()), ("math", (0,)), ("law", (0, 1))], 3),
-    ([decided("law", 0.9), decided("math", 0.1, "print {0}", "loops")], [("law", ()), ("math", (0,))], 2),
+@pytest.mark.parametrize(("decisions", "nodes", "steps", "count"), [
+    ([decided("law")], "", [("law", ())], 1),
+    ([decided("law", 0.9, fallback=True)], "", [("law", ())], 1),
+    ([decided("law", 0.9), decided("math", 0.1, "with {0}")], "law math end", [("law", ()), ("math", (0,))], 3),
+    ([decided("law", 0.9)], "law end", [("law", ())], 2),
+    ([decided("law", 0.9), decided("math", 0.9, "instead")], "math end", [("math", ())], 3),
+    ([decided("law", 0.9), decided("law", 0.9)], "law law", [("law", ())], 3),
+    ([decided("law", 0.9), decided("math", 0.9, "with {0} and {1} and {7}"), decided("law", 0.9, "{0} {1}")], "law math law",
+     [("law", ()), ("math", (0,)), ("law", (0, 1))], 4),
+    ([decided("law", 0.9), decided("math", 0.1, "print {0}", "loops")], "law math end", [("law", ()), ("math", (0,))], 3),
 ])
-def test_a_plan_is_what_was_decided_with_needs_of_earlier_steps(decisions: list[Decision], steps: list[tuple[str, tuple[int, ...]]], count: int) -> None:
-    master: Any = Told(*decisions)
+def test_a_plan_is_what_was_decided_with_needs_of_earlier_steps(
+    decisions: list[Decision], nodes: str, steps: list[tuple[str, tuple[int, ...]]], count: int
+) -> None:
+    master: Any = Told(*decisions, nodes=nodes.split())
     found = asyncio.run(planner.Served(master, 3).plan("q"))
     assert [(step.node, step.needs) for step in found.steps] == steps and found.decisions == count and master.left == []
+
+
+def test_the_nodes_of_a_plan_are_the_most_probable_sequence_of_all(toy_master: Path) -> None:
+    async def work(made: planner.Served, master: Master) -> None:
+        async def following(nodes: tuple[str, ...]) -> list[tuple[str, float]]:
+            found = await master.decide(query, nodes[-1] if nodes else "start", trace=[Passed(node) for node in nodes], rewriting=False)
+            return list(found.alternatives)
+
+        for query in ("why court sum", "heart and matrix and statute", "sum of the court"):
+            ways: dict[tuple[str, ...], float] = {}
+            for one, first in await following(()):
+                for two, second in await following((one,)):
+                    ways[one, two] = first * second
+            best = max(ways, key=lambda way: ways[way])
+            assert await master.sequence(query, 2) == best and ("math", "math") not in ways
+
+    served(toy_master, work, start=["law", "math", "health"], law=["math", "law", "end"], math=["law", "health", "end"], health=["*", "end"])
 
 
 # ---------------------------------------------------------------- the command

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lmgraph import files, rewrite, runtime, settings
+from lmgraph import ahead, files, rewrite, runtime, settings
 from lmgraph.graphfile import loads
-from lmgraph.master import Master
+from lmgraph.master import MORE, Master
 from lmgraph.train import examples
 
 ROOT = Path(__file__).parent.parent
@@ -85,10 +85,33 @@ def test_special_tokens_typed_by_a_user_are_plain_text_for_the_real_master() -> 
     with_master(work)
 
 
-def test_ask_answers_from_the_command_line_with_real_models() -> None:
+TASK = "What gas forms when bleach meets vinegar, what does it do to the lungs, and write a two-sentence warning for a school newsletter."
+WAY = ["chemistry", "health", "general"]
+
+
+def test_a_task_for_three_experts_is_planned_and_a_question_for_one_is_not() -> None:
+    questions = ["Why is the sky blue?", "Which enzyme unwinds the DNA double helix during replication?", "Tell me the result of derivative of x^3 when x is 2?"]
+
+    async def work(master: Master) -> None:
+        first = await master.decide(TASK, ahead=True)
+        planned = await ahead.decide_all(master, TASK, first, 6)
+        assert [d.node for d in planned.decisions] == WAY and planned.stopped == "end"
+        for question in questions:
+            several, alone = await master.decide(question, ahead=True), await master.decide(question)
+            assert several.more is not None and several.more < MORE
+            assert (several.node, several.rewritten) == (alone.node, alone.rewritten), "who chooses one expert is not who walks"
+            assert several.probability == pytest.approx(alone.probability, abs=0.02)
+
+    with_master(work)
+
+
+@pytest.mark.parametrize(("query", "hops"), [("What is the boiling point of water?", []), (TASK, WAY)])
+def test_ask_answers_from_the_command_line_with_real_models(query: str, hops: list[str]) -> None:
     environment = {"PATH": __import__("os").environ["PATH"], "HOME": str(Path.home()), "LMGRAPH_CACHE": str(REAL.cache)}
-    run = subprocess.run([sys.executable, "-m", "lmgraph", "ask", "--profile", "tiny", "--json", "--max-tokens", "24", "What is the boiling point of water?"],
+    run = subprocess.run([sys.executable, "-m", "lmgraph", "ask", "--profile", "tiny", "--json", "--max-tokens", "24", query],
                          capture_output=True, text=True, env=environment, cwd=ROOT / "docs", timeout=600, check=False)
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
     assert answer["answer"].strip() and answer["trace"]["steps"][0]["node"] == answer["trace"]["decision"]["node"]
+    assert [hop["node"] for hop in answer["trace"].get("walk", {}).get("hops", [])] == hops
+    assert [step["node"] for step in answer["trace"]["steps"]][: len(hops)] == hops

@@ -449,3 +449,65 @@ def test_tasks_of_unknown_nodes_and_files_of_no_tasks_are_refused_before_trainin
     assert "without a functional token: astrology" in tune(*({"query": f"q{i}", "steps": [{"node": "math"}, {"node": "astrology"}]} for i in range(9)))
     assert "tasks.jsonl:1: step 0 needs a string `node`" in tune({"query": "q", "steps": ["math"]})
     assert "No tasks found" in tune("")
+
+
+# ---------------------------------------------------------------- one master that chooses, another that walks
+
+
+@pytest.fixture(scope="module")
+def joined(taught: Path, toy_bundle: Path, toy_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a bundle that puts the taught master on for walks; its merged file lies in `cache` beside it."""
+    folder = tmp_path_factory.mktemp("joined")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bundle", "walk", str(toy_bundle), str(taught), "--out", str(folder / "bundle")])
+    assert not caught.value.code and {path.name for path in folder.iterdir()} == {"bundle"}
+    bundle = bundles.read(str(folder / "bundle"))
+    bundles.merge(bundle, toy_base, bundles.merged_path(bundle, folder / "cache"))
+    return folder / "bundle"
+
+
+def test_a_bundle_with_a_walk_chooses_one_expert_as_before_and_walks_as_the_other(taught: Path, joined: Path, toy_bundle: Path, toy_master: Path) -> None:
+    assert bundles.read(str(joined)).digest == bundles.read(str(toy_bundle)).digest
+    edges = "edges: {start: ['*'], math: ['*', end], law: ['*', end], health: ['*', end]}"
+    single, several = [query for query, _ in taught_queries()[::5]], examples.split(taught_tasks(), tasks.KEPT)[0]
+
+    async def work(bundle: Path) -> tuple[list[Any], list[Any], list[Answer]]:
+        text = toy_graph(bundle, "{kind: scripted, answers: {'*': 'fine'}}").replace("edges: {start: ['*']}", edges)
+        using = replace(environment.read(), cache=joined.parent / "cache")
+        async with Runtime.open(using, given=graphfile.loads(text)) as opened:
+            master = await opened.master()
+            return ([await master.decide(query) for query in single], [await master.decide(query, ahead=True) for query in single],
+                    [await runtime.fold(opened.answer(Ask((Message("user", task.query),), mode="auto"))) for task in several])
+
+    alone, ahead, walked = asyncio.run(work(joined))
+    before = asyncio.run(work(toy_master))[0]
+    teacher = asyncio.run(work(taught / "master.gguf"))[0]
+    assert [d.alternatives for d in alone] == [d.alternatives for d in before] != [d.alternatives for d in teacher]
+    one = [(d, b) for d, b in zip(ahead, before) if d.more < 0.5]
+    assert len(one) > 0.8 * len(single) and all((d.chosen, d.rewritten) == (b.chosen, b.rewritten) for d, b in one)
+    right = [bool(a.trace.walk) and [h.node for h in a.trace.walk.hops] == [s.node for s in t.steps] for a, t in zip(walked, several)]
+    assert sum(right) / len(right) > 0.7, right
+
+
+def test_a_node_that_comes_later_has_nothing_of_another_in_the_walk(joined: Path, tmp_path: Path) -> None:
+    bundle = bundles.read(str(joined))
+    nodes = {name: token for name, token in bundle.vocabulary.nodes.items() if name != "law"}
+    moved = replace(bundle.vocabulary, nodes={**nodes, "later": bundle.vocabulary.nodes["law"]})
+    made = bundles.copy(bundle, tmp_path / "made", moved, bundles.read_tensors(bundle.weights))
+    before, after = bundles.read_tensors(bundle.walk), bundles.read_tensors(made.walk)
+    law, end = bundle.vocabulary.nodes["law"], bundle.vocabulary.end_id - bundle.vocabulary.first_id
+    for key in ("input_rows", "output_rows"):
+        assert before[key][law].any() and not after[key][law].any()
+        rest = [*(t for n, t in bundle.vocabulary.nodes.items() if n != "law"), end]
+        assert (after[key][rest] == before[key][rest]).all() and after[key][rest].any()
+    assert all((after[key] == before[key]).all() for key in before if not key.endswith("_rows"))
+
+
+def test_a_walk_is_refused_between_bundles_of_other_nodes_and_over_what_is_there(taught: Path, toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = bundles.read(str(taught))
+    bundles.copy(bundle, tmp_path / "other", replace(bundle.vocabulary, nodes={"another": 0}), bundles.read_tensors(bundle.weights))
+    for second, out, code, words in ((tmp_path / "other", "new", 1, "name other nodes"), (taught, "other", 2, "is there already")):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["bundle", "walk", str(toy_bundle), str(second), "--out", str(tmp_path / out)])
+        assert caught.value.code == code and words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

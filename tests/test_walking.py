@@ -64,12 +64,27 @@ class Script:
     """A master that decides what a test says, one decision after the other, and keeps what it was asked."""
 
     todo: list[Decision]
+    first: Decision | None = None
     asked: list[tuple[str, tuple[Passed, ...]]] = field(default_factory=list)
 
-    async def decide(self, query: str, at: str, *, trace: Sequence[Passed], ahead: bool) -> Decision:
-        assert (query, ahead) == (QUERY, True)
+    async def decide(self, query: str, at: str, *, trace: Sequence[Passed], ahead: bool, among: Sequence[str] | None = None) -> Decision:
+        assert (query, ahead) == (QUERY, not trace or among is None)
         self.asked.append((at, tuple(trace)))
-        return self.todo.pop(0)
+        made = self.todo.pop(0)
+        assert among is None or among == [made.node]
+        return made
+
+    async def sequence(self, query: str, most: int) -> tuple[str, ...]:
+        """The nodes of a plan: those of the script, up to the one that expects no more."""
+        assert query == QUERY and self.first
+        nodes = [self.first.node]
+        for made in self.todo[: most - 1]:
+            nodes.append(made.node)
+            if made.node != "end" and made.more is not None and made.more < 0.5:
+                nodes.append("end")
+            if nodes[-1] == "end":
+                break
+        return tuple(nodes)
 
 
 @dataclass
@@ -133,7 +148,7 @@ class Walked:
 
 async def walked(graph: Graph, decisions: Sequence[Decision], mode: str = "walk", ask: Ask = ASK, seen: Walked | None = None, **limits: Any) -> Walked:
     made = seen or Walked(Script([]))
-    made.master.todo = list(decisions[1:])
+    made.master.todo, made.master.first = list(decisions[1:]), decisions[0]
     await made.run(graph, decisions[0], mode, ask, limits)
     return made
 
@@ -704,12 +719,12 @@ def test_when_the_time_is_over_while_the_master_decides_what_there_is_is_given(h
                 await asyncio.Event().wait()
                 raise AssertionError
 
-        seen = Walked(Slow([]))
+        seen, steps = Walked(Slow([])), [hop("math", "a"), hop("law", "b")]
         if mode == "plan":
             with pytest.raises(WorkerTimeout, match=r"^No step was answered within 600 s, which is this walk's limit\.\n"):
-                await walked(graph_of(ECHO), [hop("math", "a")], mode, seen=seen)
+                await walked(graph_of(ECHO), steps, mode, seen=seen)
         else:
-            await walked(graph_of(ECHO), [hop("math", "a")], mode, seen=seen)
+            await walked(graph_of(ECHO), steps, mode, seen=seen)
             assert seen.text == "M(a)" and seen.walk.stopped == "seconds"
 
     with_servers(work, hourglass=hourglass)
@@ -820,7 +835,7 @@ def test_every_worker_is_made_ready_first_and_what_fails_then_comes_up_when_it_i
 
         graph = graph_of(ECHO)
         async with Runtime.open(environment.read(), given=graph) as there:
-            master: Any = Script([hop("law", "judge {0}", more=0.0)])
+            master: Any = Script([hop("law", "judge {0}", more=0.0)], hop("math", "sum"))
             walk = Walking(AnswerSpec(mode), graph, master, ASK, partial(execute.run, open_worker=scripted), lambda name: [], ready=ready)
             text = "".join([item.text async for item in walk.run(hop("math", "sum")) if isinstance(item, Delta)])
         assert text == "L(judge M(sum))" and opened == ["math", "law"]
@@ -1025,10 +1040,10 @@ def test_where_nothing_in_the_graph_walks_only_the_ask_can_say_so() -> None:
 
 
 @pytest.mark.parametrize(("node", "more", "mode", "found"), [
-    ("a", 0.9, "", ("walk", 4)), ("a", 0.5, "", ("walk", 4)), ("a", 0.4, "", None), ("a", None, "", None), ("b", 0.0, "", ("plan", 2)), ("c", 0.9, "", None),
-    ("c", 0.9, "auto", ("walk", 4)), ("c", 0.1, "auto", None), ("c", 0.1, "walk", ("walk", 4)), ("a", 0.1, "plan", ("plan", 4)), ("b", 0.9, "single", None), ("a", 0.9, "vote", None),
+    ("a", 0.9, "", ("plan", 4)), ("a", 0.5, "", ("plan", 4)), ("a", 0.4, "", None), ("a", None, "", None), ("b", 0.0, "", ("plan", 2)), ("c", 0.9, "", None),
+    ("c", 0.9, "auto", ("plan", 4)), ("c", 0.1, "auto", None), ("c", 0.1, "walk", ("walk", 4)), ("a", 0.1, "plan", ("plan", 4)), ("b", 0.9, "single", None), ("a", 0.9, "vote", None),
 ])
-def test_auto_walks_where_more_is_needed_a_nodes_own_answer_wins_and_the_asks_mode_before_both(
+def test_auto_plans_where_more_is_needed_a_nodes_own_answer_wins_and_the_asks_mode_before_both(
     node: str, more: float | None, mode: str, found: tuple[str, int] | None
 ) -> None:
     decision = Decision("q", node, node, 0, 0.9, more=more)
@@ -1073,7 +1088,7 @@ def test_after_an_answer_only_its_nodes_neighbours_may_follow(toy_master: Path, 
     found = answer_to(toy_master, court(mode), answer)
     walk = found.trace.walk
     assert walk and [h.node for h in walk.hops][:3] == ["math", "law", "health"] and walk.stopped in ("hops", "end")
-    assert walk.mode == ("plan" if "plan" in answer else "walk") and found.trace.decision and found.trace.decision.more == 1.0
+    assert walk.mode == ("walk" if "mode: walk" in answer else "plan") and found.trace.decision and found.trace.decision.more == 1.0
     assert {s.node for s in found.trace.steps} == set(WORDS) and found.text.startswith("it is")
     assert found.trace.to_json()["walk"]["hops"][1]["needs"] == list(walk.hops[1].needs) and found.trace.to_json()["steps"][0]["hop"] == 0
 

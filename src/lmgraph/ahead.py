@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lmgraph import plan, rewrite
-from lmgraph.graph import END, WALKS, AnswerSpec, Graph
+from lmgraph.graph import END, START, WALKS, AnswerSpec, Graph
 from lmgraph.master import MORE, Master
 from lmgraph.types import Ask, Decision, Passed
 from lmgraph.voting import comparable
@@ -30,7 +30,7 @@ def spec(graph: Graph, ask: Ask, decision: Decision) -> AnswerSpec | None:
     if found.mode not in WALKS or found.hops == 1 or decision.fallback:
         return None
     if found.mode == "auto":
-        return replace(found, mode="walk") if (decision.more or 0.0) >= MORE else None
+        return replace(found, mode="plan") if (decision.more or 0.0) >= MORE else None
     return found
 
 
@@ -42,7 +42,7 @@ def alone(decision: Decision) -> Decision:
 
 @dataclass(frozen=True)
 class Planned:
-    """The decisions of a plan, why it ended (end, hops, loop), and how often the master was asked for a step or the end."""
+    """The decisions of a plan, why it ended (end, hops, loop), and how often the master was asked: for a step, or for all nodes."""
 
     decisions: tuple[Decision, ...]
     stopped: str
@@ -50,22 +50,29 @@ class Planned:
 
 
 async def decide_all(master: Master, query: str, first: Decision, most: int) -> Planned:
-    """A plan: the decisions for every step from `first` (made with `ahead`) to the end or to `most` of them, before any is answered.
+    """A plan: the decisions for every step to the end or to `most` of them, before any is answered. `first` was made with `ahead`.
 
-    A step that is asked what it was asked before ends it, too, and is no part of it.
+    Where it says that more is needed, the nodes of all steps are chosen together (`Master.sequence`; the first may be another one then),
+    and each is written its request in turn. A step that is asked what it was asked before ends the plan, too, and is no part of it.
     """
-    decisions = [first]
-    while decisions[-1].more is None or decisions[-1].more >= MORE:
-        if len(decisions) >= most:
-            return Planned(tuple(decisions), "hops", len(decisions))
+    if first.more is not None and first.more < MORE:
+        return Planned((first,), "end", 1)
+    if most == 1:
+        return Planned((first,), "hops", 1)
+    nodes = await master.sequence(query, most)
+    steps, asked = [node for node in nodes if node != END], 2
+    decisions: list[Decision] = []
+    for node in steps:
+        if not decisions and node == first.node:
+            decisions.append(first)
+            continue
         passed = [Passed(made.node, made.written) for made in decisions]
-        made = await master.decide(query, decisions[-1].node, trace=passed, ahead=True)
-        if made.node == END:
-            return Planned(tuple(decisions), "end", len(decisions) + 1)
-        if repeats([*decisions, made]):
-            return Planned(tuple(decisions), "loop", len(decisions) + 1)
-        decisions.append(made)
-    return Planned(tuple(decisions), "end", len(decisions))
+        at = decisions[-1].node if decisions else START
+        decisions.append(await master.decide(query, at, trace=passed, ahead=not passed, among=[node]))
+        asked += 1
+        if repeats(decisions):
+            return Planned(tuple(decisions[:-1]), "loop", asked)
+    return Planned(tuple(decisions), "end" if nodes[-1] == END else "hops", asked)
 
 
 def needs_of(decision: Decision, number: int) -> tuple[int, ...]:

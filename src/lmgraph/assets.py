@@ -14,7 +14,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,12 @@ def digest_of(path: Path, progress: Progress | None = None) -> str:
             if progress:
                 progress(done, size)
     return value.hexdigest()
+
+
+def digests_of(named: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> sha256 of its file; a file that several names share is read once."""
+    found = {path: digest_of(path) for path in {*named.values()}}
+    return {name: found[path] for name, path in named.items()}
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ class Bundle:
     def weights(self) -> Path:
         """LoRA and rows."""
         return self.folder / "weights.safetensors"
+
+    @property
+    def walk(self) -> Path:
+        """What the master puts on along a walk (`adapters.between`); not every bundle has it."""
+        return self.folder / "walk.safetensors"
 
     @property
     def digest(self) -> str:
@@ -104,14 +109,30 @@ def write_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
 
 
 def copy(bundle: Bundle, folder: Path, vocabulary: Vocabulary, tensors: Mapping[str, np.ndarray]) -> Bundle:
-    """A new bundle: the old one's files with another vocabulary and tensors."""
+    """A new bundle: the old one's files with another vocabulary and tensors. Along a walk a node that is new has its row as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("card.md", "metrics.json", "recipe.json", "anchors.npz"):
         if (bundle.folder / file).exists():
             shutil.copyfile(bundle.folder / file, folder / file)
     write_tensors(tensors, folder / "weights.safetensors")
     write_vocabulary(vocabulary, folder / "vocabulary.json")
+    if bundle.walk.is_file():
+        known = [
+            vocabulary.end_id - vocabulary.first_id,
+            *(t for name, t in vocabulary.nodes.items() if bundle.vocabulary.nodes.get(name) == t),
+        ]
+        worn = read_tensors(bundle.walk)
+        write_tensors(
+            {key: only(value, known) if key.endswith("_rows") else value for key, value in worn.items()}, folder / bundle.walk.name
+        )
     return Bundle(folder.name, folder, vocabulary, bundle.metrics)
+
+
+def only(rows: np.ndarray, known: Sequence[int]) -> np.ndarray:
+    """Rows (N, D) of which only those named are left, the others 0."""
+    found = np.zeros_like(rows)
+    found[list(known)] = rows[list(known)]
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -131,6 +152,12 @@ def write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
 
     with atomic(path) as part:
         part.write_bytes(save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
+
+
+def alike(first: Bundle, second: Bundle) -> None:
+    """Raise VocabularyMismatch where two bundles name other nodes, or belong to other bases; their temperatures may differ."""
+    if first.vocabulary.digest != replace(second.vocabulary, temperature=first.vocabulary.temperature).digest:
+        raise VocabularyMismatch(f"{first.name} and {second.name} name other nodes, or belong to other bases.")
 
 
 def merged_path(bundle: Bundle, cache: Path) -> Path:

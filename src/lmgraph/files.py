@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lmgraph import adapters, assets, bundles, graphfile
 from lmgraph.errors import AssetError, GraphError
-from lmgraph.graph import Graph
+from lmgraph.graph import START, Graph
 from lmgraph.tokens import Vocabulary
 
 TINY = "smollm2-135m"
@@ -105,21 +105,22 @@ def master_file(name: str, cache: Path, beside: Path | None, watcher: Watcher) -
         return path, bundles.vocabulary_of(path)
     bundle = bundles.read(name, beside)
     target = bundles.merged_path(bundle, cache)
-    if target.is_file():
-        return target, bundle.vocabulary
-    asset = base_of(bundle.vocabulary.base)
-    base = model_file(asset.name, cache, beside, watcher)
-    path = bundles.ready(bundle, base, cache, lambda done, total: watcher.progress(f"merging master {bundle.name}", done, total))
-    return path, bundle.vocabulary
+    if not target.is_file():
+        base = model_file(base_of(bundle.vocabulary.base).name, cache, beside, watcher)
+        bundles.ready(bundle, base, cache, lambda done, total: watcher.progress(f"merging master {bundle.name}", done, total))
+    adapters.ready(bundle, target, cache)
+    return target, bundle.vocabulary
 
 
-def adapter_files(given: Graph, beside: Path | None) -> dict[str, Path]:
-    """Node -> its adapter (relative ones: beside the graph), each checked. Raises AdapterError, VocabularyMismatch."""
+def adapter_files(given: Graph, beside: Path | None, cache: Path) -> dict[str, Path]:
+    """Node (or START) -> what the master puts on there: a node's own adapter (relative ones: beside the graph), else its bundle's.
+
+    Nodes' own are checked; the bundle's lies there after `master_file`. Raises AdapterError, VocabularyMismatch.
+    """
     named = {name: Path(node.adapter).expanduser() for name, node in given.nodes.items() if node.adapter}
-    if not named:
-        return {}
-    digest = "" if given.master.bundle.endswith(".gguf") else bundles.read(given.master.bundle, beside).digest
-    found = {name: path if path.is_absolute() or beside is None else beside / path for name, path in named.items()}
-    for name, path in found.items():
-        adapters.check(path, digest, name)
-    return found
+    bundle = None if given.master.bundle.endswith(".gguf") else bundles.read(given.master.bundle, beside)
+    own = {name: path if path.is_absolute() or beside is None else beside / path for name, path in named.items()}
+    for name, path in own.items():
+        adapters.check(path, bundle.digest if bundle else "", name)
+    walk = adapters.walk_path(bundle, cache) if bundle else None
+    return {**(dict.fromkeys((START, *given.nodes), walk) if walk else {}), **own}

@@ -62,7 +62,7 @@ class WorkerSpec:
 class AnswerSpec:
     """How a query is answered: by one worker (`single`), by `workers` of them whose answers are weighed (`vote`), or by a walk.
 
-    `walk`: the master chooses hop by hop; `plan`: it writes all steps first; `auto`: a walk where the master says that one expert is not
+    `walk`: the master chooses hop by hop; `plan`: it writes all steps first; `auto`: a plan where the master says that one expert is not
     enough, else a single worker. A walk stops at `hops`, `seconds`, `tokens` (of all steps together) and `cost` (None: no limit).
     """
 

@@ -57,7 +57,7 @@ def schema() -> dict[str, Any]:
             "mode": {
                 "enum": list(MODES),
                 "description": "single: one worker answers; vote: several do, and their answers are weighed; walk: the master chooses "
-                "hop by hop; plan: it writes all steps first; auto: a walk where one expert is not enough",
+                "hop by hop; plan: it writes all steps first; auto: a plan where one expert is not enough",
             },
             "hops": {"type": "integer", "minimum": 1, "maximum": MOST_HOPS, "description": "most steps of a walk"},
             "seconds": {**number, "exclusiveMinimum": 0, "description": "longest time of a walk"},

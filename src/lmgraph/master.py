@@ -30,6 +30,8 @@ REQUEST_ROOM = 48
 MAX_CHARACTERS = 200_000
 MORE = 0.5
 """probability of another step from which on a query counts as a task of several steps"""
+WIDTH = 4
+"""sequences of nodes that a plan is the best of, at every length"""
 TOP = 20
 """nodes whose probabilities a decision names"""
 ORDINARY = (" the", " a", " and", " of")
@@ -44,7 +46,7 @@ class Master:
     def __init__(self, engine: Engine, vocabulary: Vocabulary, graph: Graph, adapters: Mapping[str, Path] | None = None) -> None:
         fits(graph, vocabulary)
         self.adapters = adapters or {}
-        """of nodes that bring their own to what follows them"""
+        """what is put on for the choice that follows a node; at START for asks that may become a walk"""
         self.engine = engine
         self.vocabulary = vocabulary
         self.graph = graph
@@ -63,19 +65,22 @@ class Master:
         trace: Sequence[Passed] = (),
         ahead: bool = False,
     ) -> Decision:
-        """Decide where `query` goes from node `at`. `rewriting` overrides the nodes' own `rewrite:` setting; `among` narrows the choice.
+        """Decide where `query` goes from node `at`. `rewriting` overrides the nodes' own `rewrite:` setting.
 
+        `among` narrows the choice, of which END is a part.
         `scoped`: the decision says how far the query belongs to a node at all (`Decision.scope`), as it does where the graph sets a scope.
         Node `stay` is chosen unless another one is more probable by the graph's margin, or it may not follow `at`.
         `trace`: the steps that brought the walk here; then `end` is a candidate too, where the graph allows it (`Decision.node` is END).
-        `ahead`: whether another step would follow this one is asked, too (`Decision.more`), at the cost of a few tokens.
+        `ahead`: whether another step would follow this one is asked, too (`Decision.more`), at the cost of a few tokens. A master that
+        puts something on for walks is asked with it first at START, and where no step would follow, once more without it: one more pass
+        (unless `among` is one node, which somebody has chosen: it is the first of several).
         Raises QueryError for a query without content, NoDecision when nothing may follow `at`.
         """
         if not query.strip():
             raise QueryError("The query is empty.", 'Give a question: lmgraph ask "..."')
         if len(query) > MAX_CHARACTERS:
             raise QueryError(f"The query has {len(query):,} characters; at most {MAX_CHARACTERS:,} are taken.")
-        names = self._following(at, among, bool(trace))
+        names = self._following(at, among, bool(trace) and (among is None or END in among))
         if not names:
             raise NoDecision(f"No node may follow {at!r}.", f"Connect one: lmgraph graph connect {at} NODE")
         began = time.perf_counter()
@@ -83,8 +88,10 @@ class Master:
         tokenised = time.perf_counter()
         async with await self.engine.session() as session:
             started = time.perf_counter()
-            session.adapter = self.adapters.get(at)
+            session.adapter = self.adapters.get(at) if ahead or at != START else None
+            more = await self._several(session, prompt, names) if at == START and (among is None or len(among) != 1) else None
             ranked, scope = await self._choose(session, prompt, names, scoped)
+            scope = None if (more or 0.0) >= MORE else scope  # log-odds are those of the master as it is
             chosen, probability = ranked[0]
             stayed = chosen != stay and probability - dict(ranked).get(stay, -1.0) < self.graph.master.margin
             if stayed:
@@ -96,8 +103,7 @@ class Master:
                 said = _Said("", note="the walk ends")
             elif self._wants_rewrite(node, query_tokens, shortened, rewriting) and not fallback:
                 said = await self._rewrite(session, query, prompt, self.graph.nodes[chosen].token, query_tokens)
-            more = None
-            if ahead and chosen != END:
+            if ahead and chosen != END and more is None:
                 more = await self._more(session, prompt, chosen, said.ids)
             if chosen != END:
                 said = said.checked(query, len(trace) if trace or (more or 0.0) >= MORE else None, fallback)
@@ -124,6 +130,29 @@ class Master:
             rewrite_tokens=said.count,
         )
 
+    async def sequence(self, query: str, most: int) -> tuple[str, ...]:
+        """The nodes of a plan, END last where it ends before `most` of them: the most probable sequence that a beam of WIDTH finds.
+
+        Only neighbours follow one another. Requests are written afterwards, by `decide`: without them a step is a few tokens.
+        """
+        prompt, _, _ = await self.prompt(query)
+        live: list[tuple[float, tuple[str, ...]]] = [(0.0, ())]
+        best: tuple[float, tuple[str, ...]] = (-math.inf, ())
+        async with await self.engine.session() as session:
+            while live and live[0][0] > best[0]:
+                found = []
+                for score, nodes in live:
+                    at = nodes[-1] if nodes else START
+                    session.adapter = self.adapters.get(at)
+                    told = [i for node in nodes for i in await self._told(Passed(node))]
+                    ranked, _ = await self._choose(session, [*prompt, *told], self._following(at, None, bool(nodes)))
+                    found += [(score + math.log(max(p, LEAST)), (*nodes, name)) for name, p in ranked[: WIDTH + 1]]
+                found.sort(reverse=True)
+                over = [way for way in found if way[1][-1] == END or len(way[1]) == most]
+                best = max([best, *over])
+                live = [way for way in found if way not in over][:WIDTH]
+        return best[1]
+
     def _following(self, at: str, among: Sequence[str] | None, ending: bool) -> list[str]:
         """Who may come next: neighbours of `at` (of `among`), and the end where a step has been made and the graph lets it end here."""
         following = self.graph.neighbours(at)
@@ -146,6 +175,16 @@ class Master:
             return ranked, None
         odds = ranked[0][1] * mass / max(sum(p for i, p in choice.probabilities if i in words), LEAST)
         return ranked, math.log(odds) * self.vocabulary.temperature
+
+    async def _several(self, session: Session, prompt: Sequence[int], names: Sequence[str]) -> float | None:
+        """Probability that a first step is not the only one, as what is put on at START sees it; taken off where it is, None without."""
+        worn = session.adapter
+        if worn is None:
+            return None
+        ranked, _ = await self._choose(session, prompt, names)
+        more = await self._more(session, prompt, ranked[0][0], ())
+        session.adapter = worn if more >= MORE else None
+        return more
 
     async def _more(self, session: Session, prompt: Sequence[int], chosen: str, written: Sequence[int]) -> float:
         """Probability that another step follows this one: the same walk one choice further, before anything is answered."""

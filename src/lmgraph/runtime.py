@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from lmgraph import ahead, execute, voting, walking
 from lmgraph.abreast import abreast
-from lmgraph.assets import digest_of
+from lmgraph.assets import digests_of
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, QueryError, RequestError, UserError, WorkerError
 from lmgraph.files import Quiet, Watcher, adapter_files, master_file, model_file, read_graph, with_profile
@@ -124,12 +124,16 @@ class Runtime:
         """A master, and the digests of what it wears."""
         path, vocabulary = await self._fetched(master_file, given.master.bundle)
         fits(given, vocabulary)
-        worn = await asyncio.to_thread(adapter_files, given, self._folder)
-        digests = await asyncio.to_thread(_digests, worn)
+        worn, digests = await asyncio.to_thread(self._wearing, given)
         engine = await Engine.open(
             path, context=MASTER_CONTEXT, slots=self._slots, threads=self.settings.threads, adapters=sorted({*worn.values()})
         )
         return Master(engine, vocabulary, given, worn), digests
+
+    def _wearing(self, given: Graph) -> tuple[dict[str, Path], dict[str, str]]:
+        """What the master puts on where, and its digests."""
+        worn = adapter_files(given, self._folder, self.settings.cache)
+        return worn, digests_of(worn)
 
     async def replace(self, given: Graph) -> None:
         """From now on new asks get this graph (already checked as a whole); those under way end with the one they began with.
@@ -141,9 +145,8 @@ class Runtime:
         old = self._scene
         master, worn = None, old.worn
         async with self._master_lock:
-            found = await asyncio.to_thread(adapter_files, given, self._folder)
-            learnt = old.master is not None and await asyncio.to_thread(_digests, found) != old.worn  # anew, into the same file
-            if _weights(given) != _weights(old.graph) or learnt:
+            # other weights, or an adapter that was learnt anew into the same file
+            if _weights(given) != _weights(old.graph) or (old.master and (await asyncio.to_thread(self._wearing, given))[1] != old.worn):
                 master, worn = await self._load(given)
             elif old.master is not None:
                 master = Master(old.master.engine, old.master.vocabulary, given, old.master.adapters)
@@ -316,10 +319,6 @@ def _able(given: Graph, ask: Ask) -> list[str]:
         who = f"Node {ask.node} does not accept" if able else "No node accepts"
         raise RequestError(f"{who} {' and '.join(sorted(ask.needs))}; what nodes of this graph accept: {kinds}.", param="messages")
     return able
-
-
-def _digests(worn: Mapping[str, Path]) -> dict[str, str]:
-    return {name: digest_of(path) for name, path in worn.items()}
 
 
 def _weights(given: Graph) -> tuple[str, dict[str, str]]:

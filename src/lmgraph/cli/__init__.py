@@ -26,7 +26,7 @@ COMMANDS = {
     "graph": ("graphs", "Make, look at, check and edit graph.yaml."),
     "kubernetes": ("clusters", "From a graph to a cluster: manifests, sizes, simulation."),
     "pull": ("weights", "Fetch weights now instead of on first use."),
-    "bundle": ("weights", "Look at master bundles."),
+    "bundle": ("weights", "Look at master bundles, mix them."),
     "train": ("training", "Train a master, fit rows, export a GGUF."),
     "evaluate": ("measuring", "Measure routers on data that was not used for training."),
     "completion": ("shell", "Print the completion script of a shell."),

@@ -99,7 +99,7 @@ def check(path: Path | None, live: bool, as_json: bool) -> None:
             fits(given, bundles.vocabulary_of(model_file(name, settings().cache, folder, Quiet())))
         else:
             fits(given, bundles.read(name, folder).vocabulary)
-        adapter_files(given, folder)
+        adapter_files(given, folder, settings().cache)
         if live:
             found = asyncio.run(survey(given))
             seen = [f"node {one.node}: {one.note}" for one in found if one.note]

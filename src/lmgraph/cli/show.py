@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from html import escape
 from types import TracebackType
@@ -17,6 +18,8 @@ from lmgraph.graph import END, START, WALKS, AnswerSpec, Graph
 from lmgraph.types import Decision, Step, Vote, Walk
 from lmgraph.types import Progress as Moment
 
+REQUEST = 160
+"""characters of a hop's request that are shown: one that holds earlier answers is long"""
 console = Console(stderr=True, highlight=False)
 
 
@@ -130,7 +133,7 @@ class Steps:
             self._rows[event.hop] = (event.step.node if event.step else node, request, began, event.step)
         if not console.is_terminal:
             if event.kind != "plan":
-                console.print(self._line(event.hop))
+                console.print(self._line(event.hop), soft_wrap=True)
         elif self._live is None and not self._over:
             self._live = Live(get_renderable=self.tree, console=console, refresh_per_second=8, redirect_stdout=False)
             self._live.start()
@@ -156,7 +159,7 @@ class Steps:
         out.append(node, style="bold red" if failed else "bold green" if step else "bold")
         state = f"{step.ms / 1000:.1f} s" if step else f"{time.monotonic() - began:.1f} s ..." if began else "waits"
         out.append(f"  {state}", style="bold" if step else "yellow")
-        out.append(f"  {' '.join(request.split())}", style="cyan")
+        out.append(f"  {textwrap.shorten(request, REQUEST, placeholder=' ...')}", style="cyan")
         if step and step.error:
             out.append(f"  {step.error}", style="yellow")
         return out

@@ -75,7 +75,7 @@ def train() -> None:
     type=click.FloatRange(0, 1),
     default=1.0,
     show_default=True,
-    help="share of the rewrites that is taught; the other examples teach only the choice, at half the cost",
+    help="share of the rewrites that is taught; the other examples and tasks teach only the choices, at half the cost",
 )
 @click.option(
     "--node", help="learn only what follows this node in --tasks, as an adapter of its own for the graph's master (or for --start)"
@@ -129,14 +129,15 @@ def tune(
     if replay < 1 and files:
         fresh = {e.query for e in data.load(files[-1:])}
         training = [e for e in training if e.query in fresh or data.held_out(e, 10 + round(90 * replay))]
+    walking, kept_walks = data.split(tasks.load(walks), tasks.KEPT) if walks else ([], [])
     if rewrite_share < 1:
         training = [e if data.held_out(e, 10 + round(90 * rewrite_share)) else replace(e, rewrite="") for e in training]
+        most = tasks.KEPT + round((100 - tasks.KEPT) * rewrite_share)
+        walking = [task if data.held_out(task, most) else tasks.bare(task) for task in walking]
     if files:
-        _enough(training, kept)
-    validation: dict[str, Any] = {**({"kept": kept} if kept else {}), **{file.stem.split(".")[0]: data.load([file]) for file in checks}}
-    walking, validation["tasks"] = data.split(tasks.load(walks), tasks.KEPT) if walks else ([], [])
-    if not validation["tasks"]:
-        del validation["tasks"]
+        enough(training, kept)
+    validation: dict[str, Any] = {"kept": kept, **{file.stem.split(".")[0]: data.load([file]) for file in checks}, "tasks": kept_walks}
+    validation = {name: rows for name, rows in validation.items() if rows}
     try:
         from lmgraph.train import tune as tuning
     except ImportError as error:
@@ -196,7 +197,7 @@ def _master_of(given: Any, node: str, walks: tuple[Path, ...], start: Path | Non
     return start or bundles.read(given.master.bundle, beside.parent if beside else None).folder
 
 
-def _enough(training: Sequence[Any], kept: Sequence[Any]) -> None:
+def enough(training: Sequence[Any], kept: Sequence[Any]) -> None:
     """Raise DataError where nothing is left to learn from, or to keep aside."""
     if not training or not kept:
         left = "learn from" if kept else "keep aside"
@@ -316,7 +317,7 @@ async def _all_rows(files: tuple[Path, ...], out: Path, base: str, size: int, pa
     using = settings()
     _, vocabulary, base_file = _ground(path, base, size)
     training, kept = data.split(data.load(files))
-    _enough(training, kept)
+    enough(training, kept)
     labels = heads.index([e.node for e in [*training, *kept]], vocabulary.nodes)
     queries = [e.query for e in [*training, *kept]]
     keep = out / f"states-{hashlib.sha256(json.dumps([vocabulary.base, QUERY_LIMIT, queries]).encode()).hexdigest()[:12]}.npy"

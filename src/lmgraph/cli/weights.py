@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import click
@@ -10,7 +12,8 @@ import click
 from lmgraph import assets
 from lmgraph.cli import settings
 from lmgraph.cli.run import GRAPH, JSON, PROFILE
-from lmgraph.errors import AssetError
+from lmgraph.cli.training import OUT
+from lmgraph.errors import AssetError, UserError
 
 
 @click.command()
@@ -50,7 +53,7 @@ def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify:
 
 @click.group()
 def bundle() -> None:
-    """Look at master bundles: a bundle is a trained master without its base weights."""
+    """Look at master bundles and join them: a bundle is a trained master without its base weights."""
 
 
 @bundle.command("list")
@@ -97,3 +100,34 @@ def show_bundle(name: str, as_json: bool) -> None:
     for node, token in found.vocabulary.nodes.items():
         click.echo(f"{found.vocabulary.name(token):10} {node}")
     click.echo(f"spare functional tokens: {found.vocabulary.size - len(found.vocabulary.nodes)}; digest {found.digest[:16]}")
+
+
+@bundle.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="of the adapter; a larger one holds more of SECOND")
+@OUT
+@JSON
+def walk(first: str, second: str, rank: int, out: Path, as_json: bool) -> None:
+    """Bundle FIRST, which puts on SECOND for walks: the one goes on choosing one expert, the other leads tasks that need several.
+
+    Both by name or folder, of the same base and nodes: SECOND was trained on from FIRST with --tasks. What is between them becomes an
+    adapter, put on by the engine that FIRST runs in. An ask that may become a walk costs one pass of SECOND before that of FIRST.
+    """
+    from lmgraph import adapters, bundles
+
+    one, two = bundles.read(first), bundles.read(second)
+    if out.exists():
+        raise UserError(f"{out} is there already.", "Name a new folder: --out")
+    tensors, held = adapters.between(one, two, rank)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        made = bundles.copy(one, Path(scratch) / out.name, one.vocabulary, bundles.read_tensors(one.weights))
+        bundles.write_tensors(tensors, made.walk)
+        size = made.walk.stat().st_size
+        os.replace(made.folder, out)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(out), "rank": rank, "held": round(held, 4), "bytes": size}))
+        return
+    click.echo(f"{out}: {first}, along a walk {second} (rank {rank}, {held:.1%} of the least layer's difference, {size / 1e6:,.1f} MB)")
+    click.echo(f"Use it: master: {{bundle: {out}}} in graph.yaml", err=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from lmgraph import ahead, prompts
-from lmgraph.assets import digest_of
+from lmgraph.assets import digest_of, digests_of
 from lmgraph.engine import Engine
 from lmgraph.errors import EngineError
 from lmgraph.evaluate.journal import key_of
@@ -82,7 +82,7 @@ class Served:
         given = self._master.graph
         nodes = [[name, node.token, node.threshold, node.rewrite] for name, node in given.nodes.items()]
         spec = {name: value for name, value in asdict(given.master).items() if name != "bundle"}  # a path; the digest says what is in it
-        worn = {name: digest_of(path) for name, path in self._master.adapters.items()}
+        worn = digests_of(self._master.adapters)
         self.identity = key_of(digest_of(self._master.engine.path), nodes, _edges(given), spec, self._most, *([worn] if worn else []))
 
     async def plan(self, query: str) -> Planned:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ def encode(task: Task, vocabulary: tokens.Vocabulary, encode_text: Encode, limit
             told = encode_text(segment.text, segment.special)
             ids += told if segment.special else prompts.shorten(told, prompts.ANSWER_LIMIT)[0]
     return Encoded([*ids, vocabulary.end_id], (*choices, len(ids)), tuple(written))
+
+
+def bare(task: Task) -> Task:
+    """The task without its requests and answers: it teaches the choices only."""
+    return replace(task, steps=tuple(replace(step, text="") for step in task.steps), answers=())
 
 
 def forms(tasks: Sequence[Task]) -> list[int]:

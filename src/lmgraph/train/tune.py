@@ -16,7 +16,7 @@ import random
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,8 @@ def main(
 ) -> dict[str, Any]:
     """Run the recipe, from the base or from another bundle (`start`).
 
-    `walks`: tasks of several steps, taught beside the examples; then every example teaches that its walk ends, too.
+    `walks`: tasks of several steps, taught beside the examples; then every example teaches that its walk ends, too, and every second one
+    with a rewrite does so once more without it: whether more is needed may be asked before a request is written.
     `node`: only what follows this node is learnt, as its adapter for the master of `start`; adapter.gguf is left instead of a bundle.
 
     Leaves weights.safetensors, vocabulary.json, recipe.json, metrics.json, log.jsonl and plot.png in `out`.
@@ -182,8 +183,10 @@ def main(
         return [short for row in rows if (short := row.after(vocabulary.id_of(node))).choices] if node else rows
 
     encoded = [encode(example) for example in train]
-    encoded += [encode(task, form) for task, form in zip(walks, tasks.forms(walks), strict=True)]
+    told = [task for task in walks if any(step.text for step in task.steps)]
+    encoded += [encode(task, form) for task, form in zip(told, tasks.forms(told), strict=True)]
     encoded += [encode(task, tasks.BARE) for task in walks]
+    encoded += [encode(replace(example, rewrite="")) for example in [e for e in train if e.rewrite][::2]] if walks else []
     encoded = learnt(encoded)
     checks = {name: kept for name, rows in validation.items() if (kept := learnt([encode(example) for example in rows]))}
     if not encoded:
