@@ -91,12 +91,14 @@ class Master:
             session.adapter = self.adapters.get(at) if ahead or at != START else None
             more = await self._several(session, prompt, names) if at == START and (among is None or len(among) != 1) else None
             ranked, scope = await self._choose(session, prompt, names, scoped)
-            scope = None if (more or 0.0) >= MORE else scope  # log-odds are those of the master as it is
+            several = (more or 0.0) >= MORE
+            scope = None if several else scope  # log-odds are those of the master as it is
             chosen, probability = ranked[0]
             stayed = chosen != stay and probability - dict(ranked).get(stay, -1.0) < self.graph.master.margin
             if stayed:
                 chosen, probability = stay, dict(ranked)[stay]
-            node, fallback = (chosen, False) if chosen == stay or trace else self._threshold(chosen, probability, scope, names)
+            sure = chosen == stay or bool(trace) or several  # of a task for several, any of them could come first
+            node, fallback = (chosen, False) if sure else self._threshold(chosen, probability, scope, names)
             decided = time.perf_counter()
             said = _Said(query, note="not asked for" if query_tokens <= REWRITE_LIMIT else "long query, passed on as it is")
             if chosen == END:

@@ -163,7 +163,7 @@ def bars(groups: Mapping[str, Mapping[str, float | None]], value: str, title: st
     axes.set(xlabel=f"{value} (%)", xlim=(0, 100))
     axes.set_title(title, fontsize=11)
     axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.35 / figure.get_size_inches()[1]), ncols=min(4, len(series)), frameon=False, fontsize=8
+        loc="upper center", bbox_to_anchor=(0.5, -0.55 / figure.get_size_inches()[1]), ncols=min(4, len(series)), frameon=False, fontsize=8
     )
     return figure
 

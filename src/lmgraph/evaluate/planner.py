@@ -1,8 +1,8 @@
 """Those who plan: a trained master, and the field's usual way, a language model with all descriptions in its prompt.
 
-The master chooses step by step among the neighbours of the node before. The other reads a list of all nodes and writes all steps at once as
-JSON, held by a grammar: nodes that there are, needs of earlier steps only, no more steps than are allowed. The list and two examples stand
-first: they stay in the engine's cache. It knows how a plan is made; it measures nothing.
+The master chooses a sequence of nodes, each a neighbour of the one before, and writes their requests. The other reads a list of all nodes
+and writes all steps at once as JSON, held by a grammar: nodes that there are, needs of earlier steps only, no more steps than are allowed.
+The list and two examples stand first: they stay in the engine's cache. It knows how a plan is made; it measures nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Planner(Protocol):
 
 
 class Served:
-    """The master as it serves in mode `plan`: a choice among neighbours, a request, whether more is needed, until the end."""
+    """The master as it serves in mode `plan`: whether more is needed, all nodes along the edges, then a request for each."""
 
     name = "lmgraph master"
     identity = ""
