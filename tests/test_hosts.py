@@ -186,7 +186,7 @@ def test_a_worker_host_that_is_cut_off_is_given_up_though_it_closes_nothing(
         target = prepare(f"http://{worker.address}:8000/v1", {})
 
         async def post() -> None:
-            connection = await client.post(target, b"{}", silence_s=600)
+            connection = await client.send(target, b"{}", silence_s=600)
             assert await connection.read() == b""
             connection.leave()
 
@@ -196,7 +196,7 @@ def test_a_worker_host_that_is_cut_off_is_given_up_though_it_closes_nothing(
                 await asyncio.wait_for(post(), 60)
         else:
             under_way = asyncio.create_task(post())
-            await asyncio.to_thread(asked.wait)
+            assert await asyncio.to_thread(asked.wait, 30)
             with net.cut(worker), pytest.raises(NoConnection):
                 await asyncio.wait_for(under_way, 60)
         client.close()

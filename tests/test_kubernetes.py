@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,10 @@ def test_the_graph_of_the_gateways_is_the_graph_asked_elsewhere(name: str) -> No
         assert (node.worker.system, node.worker.max_tokens, node.worker.price) == (before.worker.system, before.worker.max_tokens, before.worker.price)
         if before.worker.kind == "embedded":
             assert node.worker.kind == "openai" and node.worker.temperature == (before.worker.temperature or 0.0)
+        elif any("localhost" in url for url in before.worker.urls):  # an engine of ours answers now
+            keys = ("urls", "dialect", "adapter", "adapter_source")
+            assert replace(node.worker, **{key: getattr(before.worker, key) for key in keys}) == before.worker
+            assert not any("localhost" in url for url in node.worker.urls)
         else:
             assert node.worker == before.worker
 
