@@ -1,7 +1,7 @@
 """A distributed run on one machine: eleven hosts, and what becomes of conversations while hosts, links and processes fail.
 
-    .venv/bin/python benchmarks/hosts/run.py --out benchmarks/results/hosts.json     # toy models; root, on Linux; two minutes
-    .venv/bin/python benchmarks/hosts/run.py --real                                  # the built-in master and SmolLM2-135M
+    scripts/hosts --out benchmarks/results/hosts.json     # toy models; root, on Linux; two minutes
+    scripts/hosts --real                                  # the built-in master and SmolLM2-135M
 
 Clients talk all the time, through HAProxy, and send only the new turn. One after another: worker hosts are cut off, a gateway is killed,
 then cut off, another one is drained, Redis is killed, then cut off, a gateway's link becomes slow and lossy. In the end the history is

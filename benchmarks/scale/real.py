@@ -12,7 +12,7 @@ Calibrated on the load named by `--calibrate` (and on the workers asked without 
 its spread, the time that is neither. One client alone is not foretold: where no two requests share a turn of the event loop, each costs
 the gateway 1.6 times as much (benchmarks/results/gateway.json). What must hold: answers a second, p50 and p99 at the other
 loads within 20 % of the simulation's.
-Medians over the rounds.
+Medians over the rounds, in each of which every load is asked.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ edges: {{start: ['*']}}
 """
 
 
-def found_at(server: Server, mode: str, connections: int, options: argparse.Namespace) -> dict[str, float]:
-    """Medians of the rounds at one load."""
+def found(cells: Sequence[tuple[Server, str, int]], options: argparse.Namespace) -> list[dict[str, float]]:
+    """Medians of the rounds of each (server, way of asking, clients). A round asks all: all see the machine at every speed."""
     times = ("--seconds", options.seconds, "--warm", options.seconds / 4)
-    rounds = [measure(server, mode, "--connections", connections, *times) for _ in range(options.rounds)]
-    found = {name: statistics.median(r[name] for r in rounds) for name in (*FIGURES, "cpu_us")}
-    print(f"{server.name:8} {mode:6} {connections:3}: {json.dumps(found)}", file=sys.stderr)
-    return found
+    rounds = [[measure(server, mode, "--connections", clients, *times) for server, mode, clients in cells] for _ in range(options.rounds)]
+    out = [{name: statistics.median(r[name] for r in those) for name in (*FIGURES, "cpu_us")} for those in zip(*rounds)]
+    for (server, mode, clients), row in zip(cells, out):
+        print(f"{server.name:8} {mode:6} {clients:3}: {json.dumps(row)}", file=sys.stderr)
+    return out
 
 
 def foretell(scenario: Scenario, clients: int, seconds: float, seed: int) -> dict[str, float]:
@@ -84,14 +85,14 @@ def compare(
     name: str, scenario: Scenario, real: dict[int, dict[str, float]], calibrated: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     rows = []
-    for clients, found in real.items():
+    for clients, measured in real.items():
         told = foretell(scenario, clients, options.simulated, options.seed)
-        off = {figure: round(told[figure] / found[figure] - 1, 4) for figure in FIGURES}
+        off = {figure: round(told[figure] / measured[figure] - 1, 4) for figure in FIGURES}
         rows.append(
             {
                 "clients": clients,
                 "calibrated": clients == calibrated,
-                "real": found,
+                "real": measured,
                 "simulated": {k: round(v, 3) for k, v in told.items()},
                 "off": off,
             }
@@ -109,9 +110,10 @@ def compare(
 def workers(gateway: Server, direct: Server, options: argparse.Namespace) -> dict[str, Any]:
     """Slots limit."""
     calibrated = options.calibrate or LOADS["workers"][0]
-    alone = found_at(direct, "stream", 1, options)
-    whole = found_at(replace(gateway, name="whole", model="lmgraph/whole"), "plain", calibrated, options)
-    real = {n: found_at(gateway, "stream", n, options) for n in LOADS["workers"]}
+    plain = replace(gateway, name="whole", model="lmgraph/whole")
+    loads = LOADS["workers"]
+    alone, whole, *rows = found([(direct, "stream", 1), (plain, "plain", calibrated), *((gateway, "stream", n) for n in loads)], options)
+    real = dict(zip(loads, rows))
     first = real[calibrated]
     piece_ms = max(0.0, first["cpu_us"] - whole["cpu_us"]) / len(PIECES) / 1000
     request_ms = whole["cpu_us"] / 1000
@@ -132,7 +134,8 @@ def saturated(gateway: Server, options: argparse.Namespace) -> dict[str, Any]:
     """The gateway limits."""
     calibrated = options.calibrate or LOADS["gateway"][0]
     mock = replace(gateway, name="mock", model="lmgraph/mock")
-    real = {n: found_at(mock, "stream", n, options) for n in LOADS["gateway"]}
+    loads = LOADS["gateway"]
+    real = dict(zip(loads, found([(mock, "stream", n) for n in loads], options)))
     first = real[calibrated]
     spec = Gateway(1, 1000 / first["rps"], 0, cv=min(10.0, spread(first, calibrated)))
     made = Scenario(Arrivals(0), (), gateway=spec, network_ms=0, **nothing())

@@ -22,8 +22,8 @@ SPARE = 2
 STEP = 0.12
 """a number is raised by this share at a time, and by at least 1: so much more than the smallest it may be"""
 TRIES = 40
-SLICE_RATE = 100.0
-"""requests a second that a slice has at least, where the whole has more"""
+SLICE_RATE, BURSTY_RATE = 100.0, 25.0
+"""requests a second that a slice has at least, where the whole has more; where they come in bursts (it takes long to see some)"""
 LEAST_REPLICAS = 4
 """of a group in a slice, where the whole has as many"""
 REQUESTS = 20_000
@@ -126,8 +126,13 @@ def loads(scenario: Scenario) -> dict[str, float]:
 
 
 def least(scenario: Scenario, target: Target) -> Scenario:
-    """The fewest of everything with which no part's load is above the target's and no gateway has too many answers in the making."""
-    rate, most = scenario.arrivals.rate, target.load
+    """The fewest of everything with which no part's load is above the target's and no gateway has too many answers in the making.
+
+    A burst that lasts longer than a first token may take is carried at full load: with less, those who come late in it wait for it to end.
+    """
+    arrivals, most = scenario.arrivals, target.load
+    lasting = arrivals.kind == "bursty" and arrivals.busy_s > target.first_s
+    rate = max(arrivals.rate, arrivals.most() * most) if lasting else arrivals.rate
     under_way = rate * answer_s(scenario, most)
     gateways = max(SPARE, rate * gateway_s(scenario) / most, under_way / (scenario.gateway.active * most))
     master = scenario.master
@@ -146,7 +151,7 @@ def least(scenario: Scenario, target: Target) -> Scenario:
 
 def slices_for(scenario: Scenario) -> int:
     """Into how many slices a scenario with these numbers may be cut: of the larger half of what is possible, where rounding adds least."""
-    limits = [scenario.arrivals.rate / SLICE_RATE]
+    limits = [scenario.arrivals.rate / (BURSTY_RATE if scenario.arrivals.kind == "bursty" else SLICE_RATE)]
     limits += [scenario.gateway.replicas] if gateway_s(scenario) else []
     limits += [group.replicas / LEAST_REPLICAS for group in scenario.workers]
     most = max(1, int(min(limits)))
