@@ -740,6 +740,17 @@ def test_pull_of_an_unknown_name_lists_the_catalogue(lmgraph: Command) -> None:
     assert found.code == 1 and "nonsense, other" in found.err and "qwen2.5-coder-1.5b" in found.err
 
 
+def test_pull_of_a_bundle_takes_no_names_beside_it(lmgraph: Command, toy_bundle: Path) -> None:
+    found = lmgraph("pull", "--bundle", str(toy_bundle), "smollm2-135m")
+    assert found.code != 0 and "--bundle fetches a master alone" in found.err
+
+
+def test_pull_fetches_no_master_that_a_server_has(lmgraph: Command, toy_graph_file: Path) -> None:
+    toy_graph_file.write_text(re.sub(r"bundle: \S+}", "bundle: not-here.gguf, server: 'http://127.0.0.1:9'}", toy_graph_file.read_text()))
+    found = lmgraph("pull")
+    assert (found.code, found.out) == (0, ""), found
+
+
 def test_pull_without_names_says_where_the_master_of_the_graph_lies(lmgraph: Command, toy_graph_file: Path, toy_master: Path) -> None:
     found = lmgraph("pull")
     assert found.code == 0 and f"master {toy_master}: {toy_master}" in found.err

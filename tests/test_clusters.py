@@ -22,12 +22,12 @@ from lmgraph import cli, graphfile
 from lmgraph.assets import CATALOGUE
 from lmgraph.cli import clusters
 from lmgraph.errors import DataError, UserError
-from lmgraph.kubernetes import memory, names, plan, reading, render, serving
+from lmgraph.kubernetes import decided, memory, names, plan, reading, render, serving
 from lmgraph.kubernetes.engines import ENGINES, LLAMACPP
 from lmgraph.kubernetes.values import Values, Worker
 
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100)
-KNOWN = plan.Known(frozenset({"mmlu"}))
+KNOWN = decided.Known(frozenset({"mmlu"}))
 HUB = "{kind: openai, model: org/base, urls: ['http://localhost:8000/v1']}"
 
 
@@ -37,11 +37,11 @@ def graph(extra: str = "", **workers: str) -> str:
     return f"version: 1\n{extra}nodes:\n{nodes}edges: {{start: ['*']}}\n"
 
 
-def made(text: str, values: str = "", known: plan.Known = KNOWN) -> plan.Plan:
+def made(text: str, values: str = "", known: decided.Known = KNOWN) -> decided.Plan:
     return plan.make(graphfile.loads(text), reading.read(values), known)
 
 
-def problems(text: str, values: str = "", known: plan.Known = KNOWN) -> list[str]:
+def problems(text: str, values: str = "", known: decided.Known = KNOWN) -> list[str]:
     """What is wrong, without the dashes in front."""
     with pytest.raises(DataError) as caught:
         made(text, values, known)
@@ -50,7 +50,7 @@ def problems(text: str, values: str = "", known: plan.Known = KNOWN) -> list[str
     return [line.removeprefix("  - ") for line in rest]
 
 
-def said(text: str, values: str = "", known: plan.Known = KNOWN) -> str:
+def said(text: str, values: str = "", known: decided.Known = KNOWN) -> str:
     """The one thing that is wrong."""
     found = problems(text, values, known)
     assert len(found) == 1, found
@@ -205,7 +205,7 @@ def test_a_gpu_on_the_cpu_engine_and_none_on_a_gpu_engine_are_refused() -> None:
 
 @pytest.mark.parametrize("adapter", ["{path: org/law, base: other/base}", "./law"])
 def test_an_adapter_of_another_base_is_refused_whether_values_say_so_or_its_own_file(adapter: str) -> None:
-    known = plan.Known(KNOWN.bundles, {"./law": "other/base"})
+    known = decided.Known(KNOWN.bundles, {"./law": "other/base"})
     words = said(graph(law=HUB), f"workers: {{w: {{engine: vllm, base: org/base, adapters: {{law: {adapter}}}}}}}\nfiles: {{claim: c}}", known)
     assert "is an adapter on other/base, and the base here is org/base" in words and "workers.w.adapters.law" in words
 
@@ -298,6 +298,31 @@ def test_a_master_that_is_a_file_needs_no_fetching() -> None:
     assert made(SMALL).fetches and not made(SMALL, "gateway: {weights: baked}").fetches
 
 
+def test_a_masters_server_is_reached_with_its_key_and_needs_no_weights_at_the_gateways() -> None:
+    text = graph("master: {bundle: mmlu, server: 'http://10.1.2.3:8080', key_env: MASTER_KEY}\n", a="{kind: embedded, model: smollm2-135m}")
+    secrets = "secrets: {MASTER_KEY: {secret: s, key: k}}"
+    found = made(text, secrets)
+    assert not found.fetches and found.outside == (("10.1.2.3", 8080),) and found.keys["MASTER_KEY"].secret == "s"
+    assert "MASTER_KEY has no Secret" in said(text)
+    assert "the master is asked at http://localhost:1, which in a cluster is the gateway's own pod" in said(text.replace("10.1.2.3:8080", "localhost:1"), secrets)
+    assert "the graph has a server for its master already" in said(text, f"master: {{served: true}}\n{secrets}")
+
+
+def test_a_served_master_brings_the_adapters_of_nodes_and_a_bundle_beside_the_graph() -> None:
+    text = graph("master: {bundle: bundles/mine}\n", a="{kind: embedded, model: smollm2-135m}").replace("description: d,", "description: d, adapter: runs/a.gguf,")
+    known = decided.Known(KNOWN.bundles, masters={"bundles/mine": ("mine-1.gguf", "mine-walk.gguf")})
+    found = made(text, "files: {claim: c, path: /data}\nmaster: {served: true}", known)
+    served = found.workers[-1]
+    assert served.place == "/models/masters/mine-1.gguf" and served.pull == ("--bundle", "/data/bundles/mine") and served.files
+    assert [adapter.place for adapter in served.adapters] == ["/models/masters/mine-walk.gguf", "/data/runs/a.gguf"]
+    (pull,) = render.files(found)["worker-master.yaml"][0]["spec"]["template"]["spec"]["initContainers"]
+    assert {"name": "files", "mountPath": "/data", "readOnly": True} in pull["volumeMounts"]
+
+
+def test_a_served_master_on_gpus_needs_a_build_for_them() -> None:
+    assert "master.gpus needs a build of llama.cpp for GPUs" in said(SMALL, "master: {served: true, gpus: 1}")
+
+
 def test_a_graph_that_no_config_map_holds_is_refused() -> None:
     text = graph(a=f"{{kind: embedded, model: smollm2-135m, system: {'x' * 1_000_001}}}")
     assert "a ConfigMap holds at most 1,000,000" in said(text)
@@ -317,7 +342,7 @@ def test_adapters_of_llamacpp_are_started_with_and_named_by_their_place() -> Non
 def test_an_embedded_model_needs_no_word_in_the_values_and_is_fetched_once_for_all_its_nodes() -> None:
     found = made(graph(a="{kind: embedded, model: smollm2-135m}", b="{kind: embedded, model: smollm2-135m}"))
     (worker,) = found.workers
-    assert (worker.engine, worker.nodes, worker.asset) == (LLAMACPP, ("a", "b"), "smollm2-135m")
+    assert (worker.engine, worker.nodes, worker.pull) == (LLAMACPP, ("a", "b"), ("smollm2-135m",))
     assert worker.place.endswith(CATALOGUE["smollm2-135m"].file)
 
 

@@ -24,9 +24,11 @@ from kubernetes_validate import utils
 
 from lmgraph import bundles, cli, graphfile
 from lmgraph import settings as environment
+from lmgraph.adapters import walk_path
+from lmgraph.cli import clusters
 from lmgraph.errors import SettingsError
 from lmgraph.graph import Graph
-from lmgraph.kubernetes import gateway, plan, reading, render
+from lmgraph.kubernetes import decided, gateway, plan, reading, render
 from lmgraph.serve.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,7 @@ EXAMPLES = {  # name -> (graph, values); '': the built-in graph, the defaults
     "lorax": (f"{HERE}/adapters.yaml", f"{HERE}/lorax.values.yaml"),
     "zero": ("", f"{HERE}/zero.values.yaml"),
     "knative": ("examples/mixed.yaml", f"{HERE}/knative.values.yaml"),
+    "served": ("", f"{HERE}/served.values.yaml"),
 }
 VERSIONS = kubernetes_validate.latest_version(), *[v for v in utils.all_versions()[-3:-1]]
 Object = dict[str, Any]
@@ -53,7 +56,11 @@ def graph_of(path: str) -> Graph:
 
 def made(graph: str, values: str) -> dict[str, list[Object]]:
     draft = reading.read((ROOT / values).read_text(encoding="utf-8") if values else "")
-    return render.files(plan.make(graph_of(graph), draft, plan.Known(frozenset(bundles.builtin()))))
+    return render.files(plan.make(graph_of(graph), draft, known(graph)))
+
+
+def known(graph: str) -> decided.Known:
+    return decided.Known(frozenset(bundles.builtin()), masters=clusters.masters(graph_of(graph).master.bundle, None))
 
 
 @functools.cache
@@ -119,7 +126,7 @@ def test_the_same_input_gives_the_same_bytes_whatever_order_values_are_written_i
     data = yaml.safe_load((ROOT / values).read_text()) if values else {}
     shuffled = yaml.safe_dump({key: data[key] for key in reversed(list(data))}, sort_keys=True)
     draft = reading.read(shuffled)
-    again = render.files(plan.make(graph_of(graph), draft, plan.Known(frozenset(bundles.builtin()))))
+    again = render.files(plan.make(graph_of(graph), draft, known(graph)))
     workers = [key for key in again if key.startswith("worker-")]
     assert {key: again[key] for key in again if key not in workers} == {key: those for key, those in made(graph, values).items() if key not in workers}
     assert {key: again[key] for key in workers} == {key: those for key, those in made(graph, values).items() if key in workers}
@@ -299,6 +306,9 @@ def test_every_worker_is_asked_where_its_service_is_by_every_node_of_its_deploym
         if found["metadata"]["labels"]["app.kubernetes.io/component"] == "worker":
             called = found["metadata"]["name"]
             port = "" if found["kind"] == "Service" else f":{pod['containers'][0]['ports'][0]['containerPort']}"
+            if called == "lmgraph-master":
+                assert graph_in(name)["master"]["server"] == f"http://{called}.{namespace}.svc{port}"
+                continue
             for node in found["metadata"]["annotations"]["lmgraph/nodes"].split(","):
                 assert nodes[node]["worker"]["urls"] == [f"http://{called}.{namespace}.svc{port}/v1"]
     ours = [n for n, row in nodes.items() if any(f".{namespace}.svc" in url for url in row["worker"].get("urls", []))]
@@ -393,10 +403,10 @@ def test_the_environment_of_lmgraphs_own_containers_is_one_that_it_takes(name: s
     assert seen
 
 
-@pytest.mark.parametrize("name", ["builtin", "mixed", "external", "zero", "knative", "vllm", "lorax"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_graph_of_the_gateways_is_the_graph_asked_elsewhere(name: str) -> None:
     given, found = graph_of(EXAMPLES[name][0]), graphfile.of_dict(graph_in(name))
-    assert (found.edges, found.master, found.answer, list(found.nodes)) == (given.edges, given.master, given.answer, list(given.nodes))
+    assert (found.edges, replace(found.master, server=""), found.answer, list(found.nodes)) == (given.edges, given.master, given.answer, list(given.nodes))
     for called, node in found.nodes.items():
         before = given.nodes[called]
         assert (node.token, node.description, node.fallback, node.rewrite) == (before.token, before.description, before.fallback, before.rewrite)
@@ -423,6 +433,25 @@ def test_nodes_of_one_base_share_one_deployment_and_each_has_its_adapter() -> No
     assert "law=/files/adapters/law" in arguments and "--enable-lora" in arguments and arguments[0] == "Qwen/Qwen2.5-7B-Instruct"
 
 
+def test_a_served_master_has_the_files_that_pulling_its_bundle_makes_and_the_gateways_have_none(tmp_path: Path) -> None:
+    pod = pod_of(one("served", "Deployment", "lmgraph-master"))
+    (first,), (main,) = pod["initContainers"], pod["containers"]
+    assert first["command"][-3:] == ["pull", "--bundle", "mmlu"] and main["image"].endswith("server-cuda-b11176")
+    bundle = bundles.read("mmlu")
+    walk = walk_path(bundle, Path("/models"))
+    arguments = main["args"]
+    assert arguments[arguments.index("--model") + 1] == str(bundles.merged_path(bundle, Path("/models")))
+    assert arguments[arguments.index("--lora") + 1] == str(walk) and "--lora-init-without-apply" in arguments
+    assert arguments[-2:] == ["--gpu-layers", "all"] and main["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    gate = pod_of(one("served", "Deployment", "lmgraph-gateway"))
+    assert "initContainers" not in gate
+    assert graph_in("served")["master"]["server"] == "http://lmgraph-master.lmgraph.svc:8080"
+    allowed = one("served", "NetworkPolicy", "lmgraph-gateway")["spec"]["egress"]
+    assert any(peer.get("podSelector", {}).get("matchLabels", {}).get("app.kubernetes.io/name") == "lmgraph-master" for rule in allowed for peer in rule["to"])
+    triggers = one("served", "ScaledObject", "lmgraph-master")["spec"]["triggers"]
+    assert [trigger.get("name", trigger["type"]) for trigger in triggers] == ["waiting", "memory"]
+
+
 def test_a_worker_at_zero_is_waited_for_and_woken_by_what_waits_at_the_gateways() -> None:
     nodes = graph_in("zero")["nodes"]
     assert {row["worker"]["start_timeout_s"] for row in nodes.values()} == {240}
@@ -438,7 +467,7 @@ def test_a_worker_at_zero_is_waited_for_and_woken_by_what_waits_at_the_gateways(
 def test_a_changed_graph_is_another_config_map_and_so_a_rolling_update() -> None:
     def of(description: str) -> tuple[str, str]:
         text = f"version: 1\nnodes: {{a: {{token: 0, description: {description}, worker: {{kind: embedded, model: smollm2-135m}}}}}}\nedges: {{start: ['*']}}"
-        found = render.files(plan.make(graphfile.loads(text), reading.read(""), plan.Known(frozenset(["mmlu"]))))
+        found = render.files(plan.make(graphfile.loads(text), reading.read(""), decided.Known(frozenset(["mmlu"]))))
         name = found["graph.yaml"][0]["metadata"]["name"]
         assert found["graph.yaml"][0]["immutable"] is True
         used = found["gateway.yaml"][0]["spec"]["template"]["spec"]["volumes"][0]["configMap"]["name"]

@@ -797,6 +797,7 @@ def test_what_a_client_says_of_length_holds_for_the_answer_that_it_gets() -> Non
     seen: list[tuple[str, int, Mapping[str, Any]]] = []
 
     class Spy:
+        resting = False
         def __init__(self, name: str) -> None:
             self.name = name
 
@@ -868,6 +869,8 @@ def test_waiting_for_its_turn_is_not_a_workers_silence() -> None:
         turn, began = asyncio.Lock(), asyncio.Event()
 
         class OneAtATime:
+            resting = False
+
             def turn(self) -> asyncio.Lock:
                 return turn
 

@@ -1,4 +1,4 @@
-"""Embedded llama.cpp: load a GGUF, turn text into ids, choose one id among allowed ids, stream text, give hidden states.
+"""llama.cpp, here or on a server: load a GGUF, turn text into ids, choose one id among allowed ids, stream text, give hidden states.
 
 The one home of xllamacpp. It knows ids and text, not nodes, prompts or decisions. Its threads are bridged to asyncio here and
 nowhere else. User text becomes ids with the parsing of special tokens switched off: a prompt is always sent as ids.
@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lmgraph.errors import EngineError, MissingExtra
-from lmgraph.loopback import Loopback
+from lmgraph.loopback import Elsewhere, Loopback
 
 BIAS = 500.0
 """added to the logits of allowed ids; larger than any difference between logits, small enough for float32"""
@@ -48,18 +48,23 @@ class Piece:
 class Engine:
     """One loaded GGUF with `slots` sequences that are decoded together (continuous batching)."""
 
-    def __init__(self, server: Any, key: str, path: Path, slots: int, context: int, adapters: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, server: Any, api: Loopback, path: Path, slots: int, context: int, adapters: Mapping[Path, int], shared: bool = False
+    ) -> None:
         self._server = server
-        self._adapters = tuple(adapters)
-        self._api = Loopback(server.listening_address, key)
+        self._adapters = adapters
+        """file -> its number at the server"""
+        self._api = api
         self._pool = ThreadPoolExecutor(max_workers=slots + 2, thread_name_prefix="lmgraph-engine")
-        self._slots: asyncio.Queue[int] = asyncio.Queue()
+        self._slots: asyncio.Queue[int | None] = asyncio.Queue()
         for slot in range(slots):
-            self._slots.put_nowait(slot)
+            self._slots.put_nowait(None if shared else slot)  # of a server that others ask too: it takes the slot with the longest prefix
         self.path = path
         self.slots = slots
         self.context = context
         """tokens that one sequence may have, prompt and answer together"""
+        self.served = path.name
+        """name of the file that is loaded"""
 
     @classmethod
     async def open(
@@ -103,7 +108,35 @@ class Engine:
             raise EngineError(
                 f"llama.cpp cannot load {path.name}{worn}: {error}", "Is every file whole? Check the weights: lmgraph pull --verify"
             ) from error
-        return cls(server, key, path, slots, context, adapters)
+        numbered = {file: number for number, file in enumerate(adapters)}
+        return cls(server, Loopback(server.listening_address, key), path, slots, context, numbered)
+
+    @classmethod
+    async def connect(cls, url: str, key: str, path: Path, adapters: Sequence[Path] = ()) -> Engine:
+        """The same of a llama.cpp server elsewhere, with as many sequences and as much context as it has.
+
+        `path` names what it should have; `adapters` are found at it by their file names. Raises EngineError when it does not answer, or
+        lacks one.
+        """
+        server = Elsewhere(url, key)
+        try:
+            about, listed = await asyncio.to_thread(server.look)
+            there = {Path(row["path"]).name: int(row["id"]) for row in listed}
+            if missing := [file.name for file in adapters if file.name not in there]:
+                raise EngineError(
+                    f"The server at {server.api.address} lacks the adapter{'s' * (len(missing) > 1)} {', '.join(missing)}; it has: "
+                    f"{', '.join(there) or 'none'}.",
+                    "Start llama-server with --lora FILE,FILE and --lora-init-without-apply.",
+                )
+        except BaseException:
+            server.api.close()
+            raise
+        wanted = {file.name: file for file in adapters}
+        numbered = {wanted.get(name, Path(name)): number for name, number in there.items()}  # all: the others are taken off
+        context = int(about["default_generation_settings"]["n_ctx"])
+        engine = cls(server, server.api, path, max(1, int(about["total_slots"])), context, numbered, shared=True)
+        engine.served = Path(str(about.get("model_path", ""))).name
+        return engine
 
     async def close(self) -> None:
         """Unload the model."""
@@ -154,7 +187,7 @@ class Engine:
         """The part of a request that says which adapter is put on: none of them, or one alone."""
         if not self._adapters:
             return {}
-        return {"lora": [{"id": number, "scale": float(file == adapter)} for number, file in enumerate(self._adapters)]}
+        return {"lora": [{"id": number, "scale": float(file == adapter)} for file, number in self._adapters.items()]}
 
     async def state(self, ids: Sequence[int]) -> list[float]:
         """The final hidden state (D floats, after the last norm) at the last id. Only for engines opened with states=True."""
@@ -171,7 +204,7 @@ class Engine:
 class Session:
     """One sequence of an engine, held by one caller. `adapter`: which one of the engine's is on; with another one nothing is cached."""
 
-    def __init__(self, engine: Engine, slot: int) -> None:
+    def __init__(self, engine: Engine, slot: int | None) -> None:
         self._engine = engine
         self._slot = slot
         self.adapter: Path | None = None
@@ -195,7 +228,7 @@ class Session:
             "n_probs": min(top, len(allowed)),
             "post_sampling_probs": True,
             "cache_prompt": True,
-            "id_slot": self._slot,
+            **({} if self._slot is None else {"id_slot": self._slot}),
             **engine._worn(self.adapter),
         }
         began = time.perf_counter()
@@ -232,7 +265,7 @@ class Session:
             "temperature": temperature,
             "stream": True,
             "cache_prompt": True,
-            "id_slot": self._slot,
+            **({} if self._slot is None else {"id_slot": self._slot}),
             **engine._worn(self.adapter),
         }
         if want_ids:

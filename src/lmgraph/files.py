@@ -120,7 +120,7 @@ def adapter_files(given: Graph, beside: Path | None, cache: Path) -> dict[str, P
     named = {name: Path(node.adapter).expanduser() for name, node in given.nodes.items() if node.adapter}
     bundle = None if given.master.bundle.endswith(".gguf") else bundles.read(given.master.bundle, beside)
     own = {name: path if path.is_absolute() or beside is None else beside / path for name, path in named.items()}
-    for name, path in own.items():
+    for name, path in own.items() if not given.master.server else ():  # what a server has is seen when it is asked
         adapters.check(path, bundle.digest if bundle else "", name)
     walk = adapters.walk_path(bundle, cache) if bundle else None
     return {**(dict.fromkeys((START, *given.nodes), walk) if walk else {}), **own}

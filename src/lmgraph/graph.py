@@ -104,9 +104,12 @@ class MasterSpec:
 
     With `scope`, queries that belong to no node go to `fallback` too: those whose `Decision.scope` is below it.
     Within a conversation the node of the turn before stays unless another one is more probable by at least `margin`.
+    `server`: URL of a llama.cpp server that has the master's weights, in place of loading them here; `key_env`: variable with its key.
     """
 
     bundle: str = "mmlu"
+    server: str = ""
+    key_env: str = ""
     threshold: float = 0.0
     fallback: str = ""
     margin: float = 0.3

@@ -77,8 +77,11 @@ class Reader:
         top = self.take(data, (), sections, ("version", "nodes", "edges"))
         if top.get("version", VERSION) != VERSION:
             self.say(("version",), f"found {top['version']}, this lmgraph reads version {VERSION}")
-        known = {"bundle": (str,), "threshold": (int, float), "fallback": (str,), "margin": (int, float), "scope": (int, float)}
+        words, numbers = ("bundle", "server", "key_env", "fallback"), ("threshold", "margin", "scope")
+        known = {**dict.fromkeys(words, (str,)), **dict.fromkeys(numbers, (int, float))}
         spec = self.take(top.get("master", {}), ("master",), known, ())
+        if not spec.get("server", "http://").startswith(("http://", "https://")):
+            self.say(("master", "server"), f"found {spec['server']!r}, expected the URL of a llama.cpp server, http://...")
         for name in ("threshold", "margin"):
             if not 0 <= spec.get(name, 0) <= 1:
                 self.say(("master", name), f"found {spec[name]}, expected a probability from 0 to 1")

@@ -102,6 +102,8 @@ def schema() -> dict[str, Any]:
                 "additionalProperties": False,
                 "properties": {
                     "bundle": {**text, "description": "built-in bundle or folder"},
+                    "server": {**text, "pattern": "^https?://", "description": "llama.cpp server that has the master's weights"},
+                    "key_env": {**text, "description": "environment variable that holds that server's key"},
                     "threshold": {**number, "minimum": 0, "maximum": 1},
                     "fallback": {**text, "description": "node asked when the master's probability is below the threshold"},
                     "scope": {**number, "description": "log-odds against ordinary words below which the fallback answers: of no node"},

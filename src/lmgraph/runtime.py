@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmgraph import ahead, execute, voting, walking
+from lmgraph import ahead, execute, loading, voting, walking
 from lmgraph.abreast import abreast
-from lmgraph.assets import digests_of
 from lmgraph.engine import Engine
 from lmgraph.errors import AssetError, QueryError, RequestError, UserError, WorkerError
-from lmgraph.files import Quiet, Watcher, adapter_files, master_file, model_file, read_graph, with_profile
+from lmgraph.files import Quiet, Watcher, master_file, model_file, read_graph, with_profile
 from lmgraph.graph import Graph, Node
-from lmgraph.master import Master, fits
+from lmgraph.master import Master
 from lmgraph.settings import Settings
 from lmgraph.types import Answer, Ask, Decision, Delta, Message, Progress, Step, Trace, Vote, Walk
 from lmgraph.workers.base import Worker
@@ -29,7 +28,6 @@ from lmgraph.workers.embedded import EmbeddedWorker, SharedEngine
 from lmgraph.workers.openai import OpenAIWorker
 from lmgraph.workers.scripted import ScriptedWorker
 
-MASTER_CONTEXT = 1024
 Fetched = TypeVar("Fetched")
 EARLIER = 300
 """characters of the turns before that a decision sees"""
@@ -121,19 +119,14 @@ class Runtime:
             return scene.master
 
     async def _load(self, given: Graph) -> tuple[Master, Mapping[str, str]]:
-        """A master, and the digests of what it wears."""
-        path, vocabulary = await self._fetched(master_file, given.master.bundle)
-        fits(given, vocabulary)
-        worn, digests = await asyncio.to_thread(self._wearing, given)
-        engine = await Engine.open(
-            path, context=MASTER_CONTEXT, slots=self._slots, threads=self.settings.threads, adapters=sorted({*worn.values()})
-        )
-        return Master(engine, vocabulary, given, worn), digests
+        """A master, and what tells what it wears from others."""
+        cache, fetch = self.settings.cache, partial(self._fetched, master_file)
+        if given.master.server:
+            return await loading.elsewhere(given, self._folder, cache, fetch)
+        return await loading.here(given, self._folder, cache, fetch, self._slots, self.settings.threads)
 
-    def _wearing(self, given: Graph) -> tuple[dict[str, Path], dict[str, str]]:
-        """What the master puts on where, and its digests."""
-        worn = adapter_files(given, self._folder, self.settings.cache)
-        return worn, digests_of(worn)
+    def _wearing(self, given: Graph) -> Mapping[str, str]:
+        return loading.wearing(given, self._folder, self.settings.cache)[1]
 
     async def replace(self, given: Graph) -> None:
         """From now on new asks get this graph (already checked as a whole); those under way end with the one they began with.
@@ -146,7 +139,9 @@ class Runtime:
         master, worn = None, old.worn
         async with self._master_lock:
             # other weights, or an adapter that was learnt anew into the same file
-            if _weights(given) != _weights(old.graph) or (old.master and (await asyncio.to_thread(self._wearing, given))[1] != old.worn):
+            if loading.weights(given) != loading.weights(old.graph) or (
+                old.master and await asyncio.to_thread(self._wearing, given) != old.worn
+            ):
                 master, worn = await self._load(given)
             elif old.master is not None:
                 master = Master(old.master.engine, old.master.vocabulary, given, old.master.adapters)
@@ -319,11 +314,6 @@ def _able(given: Graph, ask: Ask) -> list[str]:
         who = f"Node {ask.node} does not accept" if able else "No node accepts"
         raise RequestError(f"{who} {' and '.join(sorted(ask.needs))}; what nodes of this graph accept: {kinds}.", param="messages")
     return able
-
-
-def _weights(given: Graph) -> tuple[str, dict[str, str]]:
-    """What the master's engine holds: its bundle, the adapters of nodes."""
-    return given.master.bundle, {name: node.adapter for name, node in given.nodes.items() if node.adapter}
 
 
 def _chain(given: Graph, name: str) -> list[Node]:

@@ -56,14 +56,14 @@ def render(path: Path | None, given: Path | None, out: Path | None, as_json: boo
     """
     from lmgraph.bundles import builtin
     from lmgraph.files import read_graph
-    from lmgraph.kubernetes import plan, reading, serving
+    from lmgraph.kubernetes import decided, plan, reading, serving
     from lmgraph.kubernetes import render as rendering
 
     if out and as_json:
         raise UserError("--json writes to stdout, and --out a folder of YAML.", "Leave one of them out.")
     graph, beside = read_graph(path or settings().graph)
     draft = reading.read(_text(given) if given else "", given.name if given else "values.yaml")
-    known = plan.Known(frozenset(builtin()), bases(draft.values, beside))
+    known = decided.Known(frozenset(builtin()), bases(draft.values, beside), masters(graph.master.bundle, beside))
     planned = plan.make(graph, draft, known)
     made = rendering.files(planned)
     if out:
@@ -89,6 +89,17 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.", "Start with: lmgraph kubernetes values > values.yaml") from error
+
+
+def masters(bundle: str, beside: Path | None) -> dict[str, tuple[str, ...]]:
+    """A bundle -> names of the files that are made of it: its merged weights, and its adapter for walks."""
+    from lmgraph import adapters, bundles
+
+    if bundle.endswith(".gguf"):
+        return {}
+    found = bundles.read(bundle, beside)
+    walk = adapters.walk_path(found, Path())
+    return {bundle: (bundles.merged_path(found, Path()).name, *([walk.name] if walk else []))}
 
 
 def bases(values: Values, beside: Path | None) -> dict[str, str]:

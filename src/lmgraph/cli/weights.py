@@ -22,19 +22,24 @@ from lmgraph.errors import AssetError, UserError
 @PROFILE
 @click.option("--verify", is_flag=True, help="read every byte of the files that are there, and fetch damaged ones again")
 @click.option("--accept-licence", "accepting", is_flag=True, help="accept the licence of each of NAMES that asks for it")
-def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify: bool, accepting: bool) -> None:
+@click.option("--bundle", "only", metavar="NAME", help="only the master of this bundle (built-in, or a folder), merged")
+def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify: bool, accepting: bool, only: str | None) -> None:
     """Fetch weights now: NAMES from the catalogue, or what the graph needs. Interrupted fetches go on where they stopped."""
     from lmgraph import files
     from lmgraph.cli.show import Bars, console
 
     using = settings(profile=profile)
+    if only and names:
+        raise UserError(f"--bundle fetches a master alone, and {', '.join(names)} was asked for too.", "Leave one of them out.")
     unknown = [name for name in names if name not in assets.CATALOGUE]
     if unknown:
         raise AssetError(f"Not in the catalogue: {', '.join(unknown)}.", f"Valid: {', '.join(assets.CATALOGUE)}")
     given, folder = files.read_graph(path or using.graph)
     given = files.with_profile(given, using.profile)
-    wanted = list(names) or sorted(
-        {n.worker.model for n in given.nodes.values() if n.worker.kind == "embedded" and n.worker.model in assets.CATALOGUE}
+    wanted = (
+        list(names)
+        if names or only
+        else sorted({n.worker.model for n in given.nodes.values() if n.worker.kind == "embedded" and n.worker.model in assets.CATALOGUE})
     )
     with Bars() as bars:
         for name in wanted:
@@ -46,9 +51,10 @@ def pull(names: tuple[str, ...], path: Path | None, profile: str | None, verify:
                 (using.cache / "weights" / asset.file).unlink()
             found = files.model_file(name, using.cache, folder, bars)
             console.print(f"{name}: {found} ({asset.size / 1e6:,.0f} MB, {asset.licence})", markup=False, soft_wrap=True)
-        if not names:
-            master, _ = files.master_file(given.master.bundle, using.cache, folder, bars)
-            console.print(f"master {given.master.bundle}: {master}", markup=False, soft_wrap=True)
+        if only or not (names or given.master.server):
+            name = only or given.master.bundle
+            master, _ = files.master_file(name, using.cache, None if only else folder, bars)
+            console.print(f"master {name}: {master}", markup=False, soft_wrap=True)
 
 
 @click.group()

@@ -9,8 +9,8 @@ import json
 from typing import Any
 
 from lmgraph.kubernetes import gateway, pods
+from lmgraph.kubernetes.decided import Plan
 from lmgraph.kubernetes.names import digest
-from lmgraph.kubernetes.plan import Plan
 from lmgraph.kubernetes.pods import Object
 from lmgraph.kubernetes.scaling import where
 

@@ -7,9 +7,9 @@ changed graph is a rolling update, and an old pod never sees a new graph.
 from __future__ import annotations
 
 from lmgraph.kubernetes import memory, pods
+from lmgraph.kubernetes.decided import Plan
 from lmgraph.kubernetes.engines import LINGER_S
 from lmgraph.kubernetes.names import digest
-from lmgraph.kubernetes.plan import Plan
 from lmgraph.kubernetes.pods import USER, Object
 from lmgraph.kubernetes.values import Values
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lmgraph.kubernetes import gateway, pods
-from lmgraph.kubernetes.plan import Plan
+from lmgraph.kubernetes.decided import Plan
 from lmgraph.kubernetes.pods import Object
 from lmgraph.kubernetes.scaling import where
 from lmgraph.kubernetes.values import Values
@@ -96,6 +96,8 @@ def alerts(plan: Plan) -> list[Object]:
         waiting = f"sum({worker.engine.waiting}{{{where(values, worker.name)}}}) > {2 * worker.spec.slots * worker.spec.replicas.max}"
         words = f"Requests pile up at {worker.name}, more than all its pods can work on: raise replicas.max."
         rules.append(_alert("WorkerQueue", waiting, "5m", "warning", words, worker=worker.name))
+        if not worker.nodes:
+            continue
         nodes = "|".join(worker.nodes)
         held = f'sum(lmgraph_node_active{{{gates},node=~"{nodes}"}})'
         gone = f"{held} > 0 and on () (absent({worker.engine.running}{{{where(values, worker.name)}}}))"

@@ -8,82 +8,28 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from lmgraph.assets import CATALOGUE
-from lmgraph.graph import Graph, Node
+from lmgraph.graph import Graph
 from lmgraph.graphfile import dump, to_dict
-from lmgraph.kubernetes.engines import ENGINES, EXTERNAL, MODELS, Engine
+from lmgraph.kubernetes.decided import MASTER, Adapter, Deployment, Known, Plan
+from lmgraph.kubernetes.engines import ENGINES, EXTERNAL, LLAMACPP, MODELS, Engine
 from lmgraph.kubernetes.names import collisions, label
 from lmgraph.kubernetes.reading import Draft
-from lmgraph.kubernetes.values import Reference, Resources, Values, Worker
+from lmgraph.kubernetes.values import Cache, Reference, Resources, Worker
 
-RESERVED = ("gateway", "redis", "graph")
+RESERVED = ("gateway", "redis", "graph", MASTER)
 """names of our own objects"""
 KEPT = ("system", "timeout_s", "start_timeout_s", "retries", "max_tokens", "temperature", "price", "stream")
 """what a worker keeps of itself wherever it runs"""
 MOST = 1_000_000
 """bytes of a ConfigMap (etcd takes 1 MiB with all around it)"""
+CONTEXT = 1024
+"""tokens of a decision: prompt, trace and request"""
 HERE = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
-
-
-@dataclass(frozen=True)
-class Known:
-    """What was found on this machine: bundles inside the package; the base of adapters that lie here, by path as values name them."""
-
-    bundles: frozenset[str] = frozenset()
-    bases: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA on a worker's base: the name that requests say, and where the server finds it."""
-
-    node: str
-    name: str
-    place: str
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """One deployment of workers. `spec` has the engine's own values where the operator's say nothing."""
-
-    key: str
-    name: str
-    """of its objects"""
-    engine: Engine
-    spec: Worker
-    nodes: tuple[str, ...]
-    model: str
-    """what requests call the base"""
-    place: str
-    """where the server finds the base: a hub id, or a path in its container"""
-    asset: str
-    """name in our catalogue, where an init container fetches it; '' else"""
-    adapters: tuple[Adapter, ...]
-    url: str
-    files: bool
-    """whether it needs the volume with the graph's files"""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is decided before anything is written."""
-
-    values: Values
-    workers: tuple[Deployment, ...]
-    outside: tuple[tuple[str, int], ...]
-    """(host, port) of servers that are not ours"""
-    keys: Mapping[str, Reference]
-    """environment variable of the gateway -> the Secret that has it"""
-    graph: str
-    """graph.yaml as the gateways read it"""
-    files: bool
-    """whether the gateway needs the volume with the graph's files"""
-    fetches: bool
-    """whether the gateway fetches weights"""
 
 
 def make(graph: Graph, draft: Draft, known: Known | None = None) -> Plan:
@@ -107,19 +53,26 @@ class _Planner:
             for name, node in self.graph.nodes.items()
             if node.worker.kind == "openai" and not any(name in nodes for _, nodes in rows.values())
         ]
-        outside = sorted({where for node in asked_elsewhere for where in self.ends(node)})
-        keys = self.keys(asked_elsewhere)
+        spec = self.graph.master
+        places = [(f"node {node.name!r}", url) for node in asked_elsewhere for url in node.worker.urls]
+        outside = sorted({where for what, url in [*places, ("the master", spec.server)] if url for where in self.ends(what, url)})
+        keys = self.keys([*(node.worker.key_env for node in asked_elsewhere), spec.key_env])
         data = self.data
         for worker in workers:
             for name in worker.nodes:
                 data["nodes"][name]["worker"] = self.rewritten(data["nodes"][name]["worker"], worker, name)
         before = len(self.beside)
         master = self.graph.master.bundle
+        place = master
         if master not in self.known.bundles:
-            data["master"]["bundle"] = self.file(master, "master.bundle")
+            place = data["master"]["bundle"] = self.file(master, "master.bundle")
         for name, node in self.graph.nodes.items():
-            if node.adapter:
+            if node.adapter and not self.graph.master.server:  # else that server has it
                 data["nodes"][name]["adapter"] = self.file(node.adapter, f"nodes.{name}.adapter")
+        if self.values.master.served:
+            served = self.served(place)
+            workers = (*workers, served)
+            data["master"]["server"] = served.url.removesuffix("/v1")
         text = dump(data)
         if len(text.encode()) > MOST:
             self.wrong(f"the graph has {len(text.encode()):,} bytes, and a ConfigMap holds at most {MOST:,}")
@@ -130,7 +83,8 @@ class _Planner:
                 "PersistentVolumeClaim and name it here",
             )
         self.draft.fail()
-        fetches = self.values.gateway.weights == "fetch" and not master.endswith(".gguf")
+        fetches = self.values.gateway.weights == "fetch" and not master.endswith(".gguf") and not spec.server
+        fetches = fetches and not self.values.master.served
         return Plan(self.values, workers, tuple(outside), keys, text, len(self.beside) > before, fetches)
 
     def say(self, path: tuple[str, ...], text: str) -> None:
@@ -212,7 +166,45 @@ class _Planner:
         port = "" if spec.serving == "knative" else f":{engine.port}"
         url = f"http://{name}.{self.values.namespace}.svc{port}/v1"
         model = spec.base.removeprefix("./") if engine.name == "llamacpp" else place
-        return Deployment(key, name, engine, spec, nodes, model, place, asset, adapters, url, len(self.beside) > before)
+        pull = (asset, *(["--accept-licence"] if spec.accept_licence else [])) if asset else ()
+        return Deployment(key, name, engine, spec, nodes, model, place, pull, adapters, url, len(self.beside) > before)
+
+    def served(self, place: str) -> Deployment:
+        """The servers of the master at this place: a bundle's name, or its path in a container."""
+        given, name = self.values.master, f"{self.values.name}-{MASTER}"
+        bundle = self.graph.master.bundle
+        if self.graph.master.server:
+            self.say((MASTER, "served"), f"the graph has a server for its master already: {self.graph.master.server}")
+        weights, *walks = self.known.masters.get(bundle, ("",)) if not bundle.endswith(".gguf") else (place,)
+        paths = [node.adapter for node in self.graph.nodes.values() if node.adapter]
+        listed = [f"{MODELS}/masters/{walk}" for walk in walks] + [
+            self.file(path, "an adapter") for path in paths if not self.graph.master.server
+        ]
+        made = [Adapter("", posixpath.basename(lora), lora) for lora in dict.fromkeys(listed)]
+        if len({adapter.name for adapter in made}) < len(made):
+            self.wrong(f"adapters of nodes are asked for by their file names, and some are the same: {', '.join(a.place for a in made)}")
+        spec = Worker(
+            engine=LLAMACPP.name,
+            base=bundle,
+            replicas=given.replicas,
+            slots=given.slots,
+            context=CONTEXT,
+            gpus=given.gpus,
+            gpu_resource=given.gpu_resource,
+            resources=given.resources,
+            cache=Cache(size=self.values.gateway.cache_size),
+            startup_s=LLAMACPP.startup_s,
+            serving="deployment",
+            args=(*(("--gpu-layers", "all") if given.gpus else ()), *given.args),
+            env=given.env,
+            node_selector=given.node_selector,
+            tolerations=given.tolerations,
+        )
+        pull = () if bundle.endswith(".gguf") else ("--bundle", place)
+        where = weights if not pull else f"{MODELS}/masters/{weights}"
+        url = f"http://{name}.{self.values.namespace}.svc:{LLAMACPP.port}/v1"
+        files = place != bundle or any(lora.startswith(self.values.files.path) for lora in listed)
+        return Deployment(MASTER, name, LLAMACPP, spec, (), bundle, where, pull, tuple(made), url, files)
 
     def base(self, key: str, engine: Engine, spec: Worker) -> tuple[str, str]:
         """(where the server finds its base, its name in the catalogue)."""
@@ -281,29 +273,28 @@ class _Planner:
 
     # ------------------------------------------------------------ what is elsewhere
 
-    def ends(self, node: Node) -> list[tuple[str, int]]:
-        """(host, port) of each URL of a node that somebody else serves."""
-        found = []
-        for url in node.worker.urls:
-            try:
-                parts = urlsplit(url)
-                host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-            except ValueError:
-                self.wrong(f"node {node.name!r} is asked at {url!r}, which is no URL")
-                continue
-            if "@" in parts.netloc:
-                self.wrong(f"node {node.name!r} has a password in its URL, which a ConfigMap would show; use key_env")
-            if host in HERE:
-                self.wrong(
-                    f"node {node.name!r} is asked at {url}, which in a cluster is the gateway's own pod. Give it an engine, workers: "
-                    f"{{NAME: {{engine: vllm, base: HUB_ID, nodes: [{node.name}]}}}}, or write the server's address there"
-                )
-            found.append((host, port))
-        return found
+    def ends(self, what: str, url: str) -> list[tuple[str, int]]:
+        """(host, port) of a URL that somebody else serves; [] where it is none."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            self.wrong(f"{what} is asked at {url!r}, which is no URL")
+            return []
+        if "@" in parts.netloc:
+            self.wrong(f"{what} has a password in its URL, which a ConfigMap would show; use key_env")
+        if host in HERE:
+            name = what.removeprefix("node ").strip("'")
+            engine = f"Give it an engine, workers: {{NAME: {{engine: vllm, base: HUB_ID, nodes: [{name}]}}}}, or write"
+            self.wrong(
+                f"{what} is asked at {url}, which in a cluster is the gateway's own pod. {'Write' if what == 'the master' else engine} "
+                "the server's address there"
+            )
+        return [(host, port)]
 
-    def keys(self, nodes: Iterable[Node]) -> dict[str, Reference]:
-        """The Secrets of the keys that these nodes' servers ask for."""
-        wanted = dict.fromkeys(node.worker.key_env for node in nodes if node.worker.key_env)
+    def keys(self, variables: Iterable[str]) -> dict[str, Reference]:
+        """The Secrets of the keys that servers elsewhere ask for, by the variables that the graph names ('': none)."""
+        wanted = [variable for variable in dict.fromkeys(variables) if variable]
         for variable in wanted:
             if variable not in self.values.secrets:
                 self.say(("secrets",), f"the graph's {variable} has no Secret; name it: {variable}: {{secret: NAME, key: KEY}}")

@@ -134,16 +134,21 @@ def _check(reader: Reader, found: Values) -> None:
         (("expose", "timeout_s"), expose.timeout_s, 1, 86_400),
         (("monitoring", "interval_s"), monitoring.interval_s, 1, 3600),
         (("redis", "port"), found.redis.port, 1, 65_535),
+        (("master", "slots"), found.master.slots, 1, 10_000),
+        (("master", "gpus"), found.master.gpus, 0, 64),
     ):
         _within(reader, path, number, low, high)
     for name in (spec.name for spec in fields(Images)):
         _image(reader, ("images", name), getattr(found.images, name))
     _replicas(reader, ("gateway", "replicas"), gateway.replicas, 1)
+    _replicas(reader, ("master", "replicas"), found.master.replicas, 1)
     _resources(reader, ("gateway", "resources"), gateway.resources)
+    _resources(reader, ("master", "resources"), found.master.resources)
     _resources(reader, ("redis", "resources"), found.redis.resources)
     for path, size in ((("gateway", "cache_size"), gateway.cache_size), (("redis", "size"), found.redis.size)):
         _quantity(reader, path, size)
     _environment(reader, ("gateway", "env"), gateway.env)
+    _environment(reader, ("master", "env"), found.master.env)
     for section in ("fetch", "external"):
         for block in getattr(found.network, section):
             try:
@@ -197,6 +202,10 @@ def _together(reader: Reader, found: Values) -> None:
             reader.say(
                 ("monitoring", "kind"), "KEDA scales by what Prometheus knows, and nothing tells Prometheus of us; set it to operator"
             )
+    if found.master.served and found.master.gpus and found.images.master == Images().master:
+        reader.say(
+            ("images", "master"), "master.gpus needs a build of llama.cpp for GPUs, such as ghcr.io/ggml-org/llama.cpp:server-cuda-b11176"
+        )
     if scaling.kind == "hpa" and not scaling.cpu and not scaling.memory:
         reader.say(("scaling",), "kind hpa scales by cpu or memory, and both are 0; for a fixed number of pods: kind none")
     if expose.kind != "none":

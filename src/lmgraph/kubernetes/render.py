@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lmgraph.kubernetes import dashboard, gateway, memory, monitoring, scaling, serving, traffic
-from lmgraph.kubernetes.plan import Plan
+from lmgraph.kubernetes.decided import Plan
 from lmgraph.kubernetes.pods import Object
 
 MARK = "# Written by lmgraph kubernetes render; changes are lost when it is rendered again."

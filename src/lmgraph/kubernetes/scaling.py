@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lmgraph.kubernetes import gateway, pods
-from lmgraph.kubernetes.plan import Deployment, Plan
+from lmgraph.kubernetes.decided import Deployment, Plan
 from lmgraph.kubernetes.pods import Object
 from lmgraph.kubernetes.values import Replicas, Values
 
@@ -44,7 +44,8 @@ def of_worker(values: Values, worker: Deployment) -> list[Object]:
     waiting = f"sum({worker.engine.waiting}{{{where(values, worker.name)}}})"
     nodes = "|".join(worker.nodes)
     held = f'sum(lmgraph_node_active{{{where(values, gateway.name(values))},node=~"{nodes}"}})'
-    triggers = [_asked(values, "waiting", waiting, max(spec.slots // 4, 1)), _asked(values, "held", held, spec.slots)]
+    triggers = [_asked(values, "waiting", waiting, max(spec.slots // 4, 1))]
+    triggers += [_asked(values, "held", held, spec.slots)] if nodes else []
     return [_scaled(values, worker.name, "worker", target, spec.replicas, triggers)]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from lmgraph.kubernetes import pods, workers
-from lmgraph.kubernetes.plan import Deployment
+from lmgraph.kubernetes.decided import Deployment
 from lmgraph.kubernetes.pods import Object
 from lmgraph.kubernetes.values import Values
 

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lmgraph.kubernetes import gateway, memory, pods
-from lmgraph.kubernetes.plan import Deployment, Plan
+from lmgraph.kubernetes.decided import Deployment, Plan
 from lmgraph.kubernetes.pods import Object
 from lmgraph.kubernetes.values import Values
 
@@ -54,13 +54,13 @@ def policies(plan: Plan) -> list[Object]:
 
 
 def _of_worker(values: Values, worker: Deployment) -> Object:
-    port, fetches = worker.engine.port, bool(worker.asset) or not worker.place.startswith("/")
+    port, fetches = worker.engine.port, bool(worker.pull) or not worker.place.startswith("/")
     fetches = fetches or any(not adapter.place.startswith("/") for adapter in worker.adapters)
     if worker.spec.serving == "knative":  # requests come through the pod's own proxy, and its autoscaler asks that for numbers
         callers = [_rule("from", [_namespace(name) for name in values.network.serverless], [8012, 8013, 8022, 9090, 9091])]
     else:
         callers = [_rule("from", [_pods(values, gateway.name(values))], [port])]
-    mirrors = _urls({**(values.gateway.env if worker.asset else {}), **worker.spec.env})
+    mirrors = _urls({**(values.gateway.env if worker.pull else {}), **worker.spec.env})
     out = [*_dns(values), _rule("to", _blocks(values.network.fetch), [443]), *_reach(values, mirrors)] if fetches else []
     return _policy(values, worker.name, pods.selector(values, worker.name), [*callers, *_watchers(values, port)], out)
 

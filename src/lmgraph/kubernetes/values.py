@@ -40,6 +40,7 @@ class Images:
     vllm: str = VLLM.image
     lorax: str = LORAX.image
     redis: str = "redis:7.2.7-alpine"
+    master: str = LLAMACPP.image
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,22 @@ class Gateway:
     weights: str = "fetch"
     cache_size: str = "2Gi"
     resources: Resources = Resources({"cpu": "1", "memory": "1Gi"}, {"cpu": "2", "memory": "2Gi"})
+    env: Mapping[str, str] = field(default_factory=dict)
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Master:
+    """Servers of their own for the master's weights: one base, and a LoRA for each node that brings one. Else each gateway has them."""
+
+    served: bool = False
+    replicas: Replicas = Replicas(1, 4)
+    slots: int = 8
+    gpus: int = 0
+    gpu_resource: str = "nvidia.com/gpu"
+    resources: Resources = Resources({"cpu": "2", "memory": "1Gi"}, {"cpu": "4", "memory": "2Gi"})
+    args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()
@@ -214,6 +231,7 @@ class Values:
     images: Images = Images()
     pull_secrets: tuple[str, ...] = ()
     gateway: Gateway = Gateway()
+    master: Master = Master()
     files: Files = Files()
     redis: Redis = Redis()
     secrets: Mapping[str, Reference] = field(default_factory=dict, metadata={"of": Reference})

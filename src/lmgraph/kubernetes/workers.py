@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmgraph.kubernetes import pods
+from lmgraph.kubernetes.decided import MASTER, Deployment
 from lmgraph.kubernetes.engines import LINGER_S, MODELS
-from lmgraph.kubernetes.plan import Deployment
 from lmgraph.kubernetes.pods import Object
 from lmgraph.kubernetes.values import Resources, Values
 
@@ -62,7 +62,7 @@ def objects(values: Values, worker: Deployment) -> list[Object]:
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0 if tight else 1, "maxUnavailable": 1 if tight else 0}},
         "template": pods.template(values, worker.name, "worker", pod(values, worker)),
     }
-    nodes = {"lmgraph/nodes": ",".join(worker.nodes)}
+    nodes = {"lmgraph/nodes": ",".join(worker.nodes)} if worker.nodes else None
     return [
         *claims(values, worker),
         pods.thing("apps/v1", "Deployment", values, worker.name, "worker", annotations=nodes, spec=body),
@@ -90,7 +90,7 @@ def pod(values: Values, worker: Deployment) -> Object:
     volumes, mounts = _volumes(values, worker)
     main = pods.container(
         "server",
-        getattr(values.images, engine.name),
+        values.images.master if worker.key == MASTER else getattr(values.images, engine.name),
         spec.resources,
         args=arguments(worker),
         env=_environment(worker),
@@ -145,14 +145,14 @@ def _volumes(values: Values, worker: Deployment) -> tuple[list[Object], list[Obj
 
 def _fetching(values: Values, worker: Deployment) -> list[Object]:
     """The init container that fetches a catalogue model; vLLM and LoRAX fetch for themselves."""
-    if not worker.asset:
+    if not worker.pull:
         return []
     env = [*pods.plain({"LMGRAPH_CACHE": MODELS, "HOME": "/tmp"}), *pods.plain(values.gateway.env)]
-    licence = ["--accept-licence"] if worker.spec.accept_licence else []
     # flock: pods that share a claim fetch one after the other, and all but the first find the file there
-    command = ["flock", f"{MODELS}/.lmgraph-lock", "lmgraph", "pull", worker.asset, *licence]
-    mounts = [{"name": "models", "mountPath": MODELS}]
-    return [pods.container("pull", values.images.gateway, FETCHER, command=command, env=env, mounts=mounts)]
+    command = ["flock", f"{MODELS}/.lmgraph-lock", "lmgraph", "pull", *worker.pull]
+    mounts = [{"name": "models", "mountPath": MODELS}, *([pods.files(values)[1]] if worker.files else [])]
+    room = values.gateway.resources if worker.key == MASTER else FETCHER  # a master is merged, not only fetched
+    return [pods.container("pull", values.images.gateway, room, command=command, env=env, mounts=mounts)]
 
 
 def _stopping(worker: Deployment) -> Object:

@@ -100,10 +100,17 @@ class Gateway:
                 return
 
     async def _load(self) -> None:
-        try:
-            await self.runtime.master()
-        except LmgraphError as error:
-            LOG.error("The master cannot be loaded: %s", error.message)
+        said = ""
+        while not self.runtime.loaded:
+            try:
+                await self.runtime.master()
+            except LmgraphError as error:
+                if error.message != said:
+                    LOG.error("The master cannot be loaded: %s", error.message)
+                said = error.message
+                if not self.runtime.graph.master.server:
+                    return
+                await asyncio.sleep(1)  # its server may be starting
 
     async def _http(self, request: Request) -> None:
         path = "/v1/history/" if request.path.startswith("/v1/history/") else request.path
