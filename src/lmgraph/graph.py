@@ -108,12 +108,12 @@ class MasterSpec:
     """
 
     bundle: str = "mmlu"
-    server: str = ""
-    key_env: str = ""
     threshold: float = 0.0
     fallback: str = ""
     margin: float = 0.3
     scope: float | None = None
+    server: str = ""
+    key_env: str = ""
 
 
 @dataclass(frozen=True)
