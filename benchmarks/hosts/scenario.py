@@ -14,11 +14,12 @@ from itertools import pairwise
 from typing import Any
 
 import httpx
+import openai
 from figures import WELL, Concerns, Figures
 from hosts import Net
 from places import GATEWAYS, Places
 from processes import Broken, Process
-from talk import BROKEN, KEPT, UNTYPED, Held, Talkers, Turn, ask, client
+from talk import BROKEN, KEPT, PAUSE_S, UNTYPED, Held, Talkers, Turn, ask, client
 
 ASKED = ("lmgraph", "lmgraph/math", "lmgraph/law", "lmgraph/physics")
 DELAY_MS, LOSS_PERCENT = 200, 5.0
@@ -219,14 +220,20 @@ class Scenario:
         """A stream through a gateway that has begun; `worker`, which is history's, is stopped in the middle of it."""
         with self.places.hosts["client"].inside():
             api = client(self.places.address, self.places.key)
+            failure: Exception | None = None
             for _ in range(100):
-                held = Held(api, "lmgraph/history", 600)
+                try:
+                    held = Held(api, "lmgraph/history", 600)
+                except (openai.APIError, httpx.TransportError, StopIteration) as error:  # what failed before may not be quite back
+                    failure = error
+                    time.sleep(PAUSE_S)
+                    continue
                 worker.send(signal.SIGSTOP)
                 if held.gateway == gateway:
                     return held
                 worker.send(signal.SIGCONT)
                 held.close()
-        raise Broken(f"HAProxy sends nothing to {gateway}: {self.places.balancer.states('gateways')}")
+        raise Broken(f"HAProxy sends nothing to {gateway}: {self.places.balancer.states('gateways')}; the last failure: {failure!r}")
 
     def gone(self, phase: str, told: str, turns: Sequence[Turn]) -> None:
         """What clients of a gateway that is gone are told."""
