@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from conftest import serving, toy_graph, toy_queries
-from lmgraph import graphfile
+from lmgraph import cli, graphfile
 from lmgraph.errors import EngineError, GraphError, LmgraphError, VocabularyMismatch, WorkerError
 from lmgraph.files import Quiet
 from lmgraph.graph import Graph
@@ -81,6 +82,20 @@ def test_what_the_server_lacks_is_said(toy_master: Path, toy_base: Path, tmp_pat
         given = graph(toy_master, url, "/there/math-next.gguf" if lacking == "adapter" else "", "NO_SUCH_KEY" if lacking == "key" else "")
         with pytest.raises(kind, match=words):
             asyncio.run(decisions(given, tmp_path))
+
+
+def test_a_check_looks_at_the_masters_server_too(toy_master: Path, toy_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def check() -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["graph", "check", "--live", "-g", str(file)])
+        return ended.value.code, *capsys.readouterr()
+
+    file = tmp_path / "graph.yaml"
+    for base, code, words in ((toy_master, 0, "nothing wrong"), (toy_base, 1, "The master's server has toy.gguf")):
+        with llama_server(base) as url:
+            file.write_text(graphfile.dumps(graph(toy_master, url)))
+            status, out, err = check()
+        assert status == code and words in out + err, (out, err)
 
 
 def test_a_server_that_is_not_there_is_named(toy_master: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lmgraph.cli import settings
 from lmgraph.cli.assigning import assign
 from lmgraph.cli.run import GRAPH, JSON
 from lmgraph.errors import GraphError, LmgraphError, UserError
-from lmgraph.graph import DIALECTS, END, START, WALKS, notes
+from lmgraph.graph import DIALECTS, END, START, WALKS, Graph, notes
 
 EDITED = click.option(
     "--graph",
@@ -79,7 +79,11 @@ def show(path: Path | None, svg: Path | None, as_json: bool) -> None:
 
 @graph.command()
 @GRAPH
-@click.option("--live", is_flag=True, help="also look at the servers of nodes that name a dialect: is the base there, and the adapter?")
+@click.option(
+    "--live",
+    is_flag=True,
+    help="also look at servers (the master's, and of nodes that name a dialect): are base and adapter there?",
+)
 @JSON
 def check(path: Path | None, live: bool, as_json: bool) -> None:
     """Check the graph as a whole, and whether its master knows every node. Every problem is reported at once.
@@ -102,12 +106,14 @@ def check(path: Path | None, live: bool, as_json: bool) -> None:
         adapter_files(given, folder, settings().cache)
         if live:
             found = asyncio.run(survey(given))
+            if given.master.server:
+                asyncio.run(_look_at_master(given, folder))
             seen = [f"node {one.node}: {one.note}" for one in found if one.note]
             problems = tuple(f"node {one.node}: {one.problem}" for one in found if one.problem)
             if problems:
                 listed = "\n".join(f"  - {problem}" for problem in problems)
                 raise GraphError(f"{len(problems)} of {len(found)} servers do not have what the graph names:\n{listed}", problems=problems)
-            if not found:
+            if not found and not given.master.server:
                 seen = ["no node names a dialect: there is no server to look at"]
     except LmgraphError as error:
         if as_json:
@@ -120,6 +126,15 @@ def check(path: Path | None, live: bool, as_json: bool) -> None:
         for note in (*notes(given), *seen):
             click.echo(f"note: {note}")
         click.echo(f"{len(given.nodes)} nodes, {sum(len(given.neighbours(n)) for n in (START, *given.nodes))} edges: nothing wrong.")
+
+
+async def _look_at_master(given: Graph, folder: Path | None) -> None:
+    """Raise what is wrong with the master's server."""
+    from lmgraph.files import Quiet
+    from lmgraph.runtime import Runtime
+
+    async with Runtime(given, settings(), folder, Quiet()) as runtime:
+        await runtime.master()
 
 
 @graph.command()
