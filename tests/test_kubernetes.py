@@ -442,7 +442,7 @@ def test_a_served_master_has_the_files_that_pulling_its_bundle_makes_and_the_gat
     arguments = main["args"]
     assert arguments[arguments.index("--model") + 1] == str(bundles.merged_path(bundle, Path("/models")))
     assert arguments[arguments.index("--lora") + 1] == str(walk) and "--lora-init-without-apply" in arguments
-    assert arguments[-2:] == ["--gpu-layers", "all"] and main["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert arguments[-2:] == ["--gpu-layers", "999"] and main["resources"]["limits"]["nvidia.com/gpu"] == "1"
     gate = pod_of(one("served", "Deployment", "lmgraph-gateway"))
     assert "initContainers" not in gate
     assert graph_in("served")["master"]["server"] == "http://lmgraph-master.lmgraph.svc:8080"

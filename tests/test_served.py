@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +159,23 @@ def test_a_gateway_waits_for_its_masters_server_says_when_it_is_gone_and_goes_on
             process.terminate()
             _, said = process.communicate(timeout=60)
         assert "Traceback" not in said, said
+
+
+def test_a_server_may_lie_below_a_path_of_its_host() -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"asked": self.path}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for below, asked in (("", "/props"), ("/v1/", "/props"), ("/llama/v1", "/llama/props")):
+            with closing(Loopback(f"http://127.0.0.1:{server.server_port}{below}", "")) as door:
+                assert door.get("/props") == {"asked": asked}
+        server.shutdown()

@@ -25,6 +25,7 @@ class Loopback:
     def __init__(self, address: str, key: str) -> None:
         parts = urlsplit(address)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port
+        self._beside = parts.path.rstrip("/").removesuffix("/v1")
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._local = threading.local()
@@ -48,7 +49,7 @@ class Loopback:
         """Give every server-sent event of an answer to `take` until that says True, or it ends; a refusal is returned."""
         connection = self._connect()
         try:
-            connection.request("POST", path, json.dumps(body).encode(), self._headers)
+            connection.request("POST", self._beside + path, json.dumps(body).encode(), self._headers)
             response = connection.getresponse()
             if response.status != 200:
                 return self._read(path, response.status, response.read())
@@ -74,7 +75,7 @@ class Loopback:
                 if connection is None:
                     connection = self._local.connection = self._connect()
                     self._open.append(connection)
-                connection.request(method, path, payload, self._headers)
+                connection.request(method, self._beside + path, payload, self._headers)
                 response = connection.getresponse()
                 return response.status, response.read()
             except (http.client.HTTPException, OSError) as error:

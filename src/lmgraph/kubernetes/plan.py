@@ -83,8 +83,8 @@ class _Planner:
                 "PersistentVolumeClaim and name it here",
             )
         self.draft.fail()
-        fetches = self.values.gateway.weights == "fetch" and not master.endswith(".gguf") and not spec.server
-        fetches = fetches and not self.values.master.served
+        elsewhere = spec.server or self.values.master.served or master.endswith(".gguf")
+        fetches = self.values.gateway.weights == "fetch" and not elsewhere
         return Plan(self.values, workers, tuple(outside), keys, text, len(self.beside) > before, fetches)
 
     def say(self, path: tuple[str, ...], text: str) -> None:
@@ -195,7 +195,7 @@ class _Planner:
             cache=Cache(size=self.values.gateway.cache_size),
             startup_s=LLAMACPP.startup_s,
             serving="deployment",
-            args=(*(("--gpu-layers", "all") if given.gpus else ()), *given.args),
+            args=(*(("--gpu-layers", "999") if given.gpus else ()), *given.args),
             env=given.env,
             node_selector=given.node_selector,
             tolerations=given.tolerations,
